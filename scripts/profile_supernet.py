@@ -1,0 +1,235 @@
+"""Make a trained supernet servable: search the frontier, calibrate, measure accuracy and this device's latencies.
+
+Random subnets first, then mutations of those on the accuracy/latency frontier (evolutionary search). Every subnet
+looked at is calibrated, and its statistics and validation accuracy are kept. The frontier is chosen by validation
+images (a tenth of the training images, never trained on); the test images only report. Writes norms.npz,
+choices.json and a latency table; continues an interrupted search from search.jsonl.
+
+    python scripts/profile_supernet.py --data digits --profile profiles/digits --candidates 60
+    python scripts/profile_supernet.py --data ../shared/data/cifar10_jpeg.npz --profile profiles/cifar10
+    python scripts/profile_supernet.py --profile profiles/cifar10 --latency-only
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import slackfit
+from config import Config
+from engine import Engine, measure_latencies
+from scripts import datasets
+from scripts.train import accuracy, calibration_batches
+from servable import Servable, load_servable, save_servable
+from supernet import Subnet, count_macs, count_parameters
+from superserve import PROFILED_BATCH_SIZES, profile_latencies
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """What the search found out about one subnet; latency at the search's batch size."""
+
+    name: str
+    accuracy: float
+    latency_s: float
+    parameters: int
+    macs: int
+
+
+def frontier(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates to which no other is both more accurate and faster, fastest first."""
+    kept: list[Candidate] = []
+    for candidate in sorted(candidates, key=lambda each: (each.latency_s, -each.accuracy)):
+        if not kept or candidate.accuracy > kept[-1].accuracy:
+            kept.append(candidate)
+    return kept
+
+
+def thinned(candidates: Sequence[Candidate], most: int) -> list[Candidate]:
+    """At most this many of a frontier, the ends included: repeatedly leave out the one that the hull misses least."""
+    kept = list(candidates)
+    while len(kept) > max(2, most):
+        losses = [_lost_without(*kept[i - 1 : i + 2]) for i in range(1, len(kept) - 1)]
+        del kept[1 + int(np.argmin(losses))]
+    return kept
+
+
+def _lost_without(before: Candidate, middle: Candidate, after: Candidate) -> float:
+    """Accuracy lost, integrated over latency, when the faster neighbour must stand in for the middle one."""
+    return (middle.accuracy - before.accuracy) * (after.latency_s - middle.latency_s)
+
+
+class Search:
+    """Evaluates subnets once each and remembers them, also across interruptions."""
+
+    def __init__(
+        self, servable: Servable, data: datasets.Dataset, engine: Engine, folder: Path, batch_size: int
+    ) -> None:
+        self.servable, self.data, self.engine, self.folder = servable, data, engine, folder
+        self.batch_size = batch_size
+        self._batches = calibration_batches(data, servable.input)
+        self.found: dict[str, Candidate] = {}
+        self._log = folder / "search.jsonl"
+        if self._log.is_file():
+            known = {subnet.name for subnet in servable.supernet.statistics}
+            rows = (Candidate(**json.loads(line)) for line in self._log.read_text().splitlines())
+            self.found = {row.name: row for row in rows if row.name in known}
+
+    def look_at(self, subnet: Subnet) -> Candidate:
+        """Calibrate and measure a subnet, unless that was done before."""
+        if subnet.name not in self.found:
+            self.servable.supernet.calibrate(subnet, self._batches)
+            extracted, spec = self.servable.supernet.extract(subnet), self.servable.input
+            candidate = Candidate(
+                name=subnet.name,
+                accuracy=accuracy(self.servable, subnet, self.data.validation),
+                latency_s=self._latency_s(subnet.name),
+                parameters=count_parameters(extracted),
+                macs=count_macs(extracted, (spec.channels, spec.height, spec.width)),
+            )
+            self.found[subnet.name] = candidate
+            with self._log.open("a") as file:
+                file.write(json.dumps(asdict(candidate)) + "\n")
+            if len(self.found) % 10 == 0:
+                save_servable(self.servable, self.folder)
+        return self.found[subnet.name]
+
+    def _latency_s(self, name: str) -> float:
+        samples = asyncio.run(measure_latencies(self.engine, [name], [self.batch_size], 7, lambda: None))
+        return float(np.median(samples[name][0]))
+
+    def run(self, candidates: int, seed: int) -> list[Candidate]:
+        """Look at this many subnets: the ends, a third at random, the rest mutations of the frontier so far."""
+        rng, space = random.Random(seed), self.servable.supernet.space
+        candidates = min(candidates, len(space))
+        with tqdm(total=candidates, desc="search", unit="subnet", disable=None, initial=len(self.found)) as bar:
+
+            def look(subnet: Subnet) -> None:
+                before = len(self.found)
+                self.look_at(subnet)
+                bar.update(len(self.found) - before)
+
+            look(space.largest)
+            look(space.smallest)
+            while len(self.found) < candidates:
+                look(self._next(rng, random_part=candidates // 3))
+        save_servable(self.servable, self.folder)
+        return list(self.found.values())
+
+    def _next(self, rng: random.Random, random_part: int) -> Subnet:
+        space = self.servable.supernet.space
+        if len(self.found) < random_part:
+            return space.sample(rng)
+        parent = Subnet.parse(rng.choice(frontier(list(self.found.values()))).name)
+        return space.mutate(parent, rng, probability=0.35)
+
+
+def write_choices(
+    servable: Servable, data: datasets.Dataset, found: Sequence[Candidate], folder: Path, most: int
+) -> list[str]:
+    """Choose the frontier, report it on the test images, and write choices.json; returns the frontier's names."""
+    chosen = [candidate.name for candidate in thinned(frontier(found), most)]
+    space = servable.supernet.space
+    names = dict.fromkeys([space.smallest.name, *chosen, space.largest.name])
+    choices = [
+        slackfit.Choice(
+            name=candidate.name,
+            kind="subnet",
+            accuracy=round(candidate.accuracy, 4),
+            accuracy_samples=len(data.validation),
+            test_accuracy=_test_accuracy(servable, candidate.name, data) if candidate.name in names else None,
+            parameters=candidate.parameters,
+            macs=candidate.macs,
+            frontier=candidate.name in names,
+        )
+        for candidate in sorted(found, key=lambda each: each.macs)
+    ]
+    slackfit.save_choices(folder, choices)
+    return list(names)
+
+
+def _test_accuracy(servable: Servable, name: str, data: datasets.Dataset) -> float:
+    return round(accuracy(servable, Subnet.parse(name), data.test), 4)
+
+
+def write_latencies(engine: Engine, names: Sequence[str], folder: Path, rounds: int) -> Path:
+    """Measure the frontier's latencies and write the table for this device."""
+    device = slackfit.Device(**asdict(engine.facts))
+    path = folder / device.file_name
+    slackfit.save_latencies(path, device, PROFILED_BATCH_SIZES, asyncio.run(_measured(engine, names, rounds)))
+    return path
+
+
+async def _measured(engine: Engine, names: Sequence[str], rounds: int) -> dict[str, slackfit.Latencies]:
+    await engine.warm_up(names, (1, 64), lambda: None)
+    return await profile_latencies(engine, names, rounds)
+
+
+def report(folder: Path, path: Path, device: slackfit.Device) -> dict[str, object]:
+    """Print the frontier as a table; returns it for the closing JSON line."""
+    choices = slackfit.load_choices(folder)
+    table = slackfit.load_latencies(path, choices, device)
+    print(f"\n{'subnet':<28}{'validation':>11}{'test':>8}{'MMACs':>8}  latency p99 in ms at batch 1, 16, 64")
+    for entry in table.entries:
+        choice, latency = entry.choice, [entry.latency_s[n] * 1e3 for n in (1, 16, 64)]
+        test = "-" if choice.test_accuracy is None else f"{choice.test_accuracy:.4f}"
+        times = "  ".join(f"{each:8.2f}" for each in latency)
+        print(f"{entry.name:<28}{choice.accuracy:>11.4f}{test:>8}{choice.macs / 1e6:>8.1f}  {times}")
+    return {"profile": str(folder), "table": path.name, "calibrated": len(choices), "entries": len(table.entries)}
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--profile", type=Path, required=True, help="folder that train.py wrote")
+    parser.add_argument("--data", help="the data it was trained on; see train.py")
+    parser.add_argument("--candidates", type=int, default=180, help="subnets to look at (default: 180)")
+    parser.add_argument("--most", type=int, default=14, help="most subnets on the frontier (default: 14)")
+    parser.add_argument("--batch-size", type=int, default=16, help="batch size of the search's latencies (default: 16)")
+    parser.add_argument("--rounds", type=int, default=60, help="measurements per subnet and batch size (default: 60)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--workers", type=int, default=1, help="batches in flight while measuring, as in serving")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads per worker; 0: as the server chooses")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--latency-only", action="store_true", help="only measure this device's latencies")
+    options = parser.parse_args(arguments)
+    if not options.latency_only and options.data is None:
+        parser.error("--data is needed, except with --latency-only")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Search, calibrate, measure, write, report."""
+    options = parse_arguments(arguments)
+    torch.set_grad_enabled(False)
+    threads = Config(workers=options.workers, threads=options.threads).threads_per_worker
+    try:
+        servable = load_servable(options.profile)
+        engine = Engine(servable, options.device, workers=options.workers, threads=threads)
+        if options.latency_only:
+            names = [choice.name for choice in slackfit.load_choices(options.profile) if choice.frontier]
+        else:
+            data = datasets.load(options.data)
+            search = Search(servable, data, engine, options.profile, options.batch_size)
+            found = search.run(options.candidates, options.seed)
+            names = write_choices(servable, data, found, options.profile, options.most)
+        path = write_latencies(engine, names, options.profile, options.rounds)
+        print(json.dumps(report(options.profile, path, slackfit.Device(**asdict(engine.facts)))))
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"profile_supernet.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,277 @@
+"""Train a weight-shared supernet: every step the largest, the smallest and some random subnets (the sandwich rule).
+
+The largest learns from the labels; the others learn from the largest's probabilities of the same step (in-place
+distillation; Yu et al., "Universally Slimmable Networks", ICCV 2019). Writes a servable (supernet.json, weights, norm
+statistics of the largest and the smallest) and train_log.jsonl; scripts/profile_supernet.py makes it complete.
+
+    python scripts/train.py --data digits --out profiles/digits
+    python scripts/train.py --data ../shared/data/cifar10_jpeg.npz --out profiles/cifar10 --epochs 24
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from scripts import datasets
+from servable import InputSpec, Servable, create_servable, save_servable
+from supernet import Subnet, SubnetSpace
+
+PRESETS = {
+    "cifar10": {"widths": (64, 128, 256), "depths": 2, "expands": (0.125, 0.25, 0.5, 1.0), "stem_stride": 2, "crop": 4},
+    "digits": {"widths": (16, 32, 64), "depths": 3, "expands": (0.25, 0.5, 1.0), "stem_stride": 1, "crop": 1},
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How to train; the learning rate rises linearly for ``warmup`` of all steps, then falls to zero as a cosine."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    middle: int
+    seed: int
+    crop: int
+    label_smoothing: float = 0.1
+    weight_decay: float = 5e-4
+    warmup: float = 0.2
+    bfloat16: bool = False
+
+    def learning_rate_at(self, progress: float) -> float:
+        """The rate when this part (0..1) of the training is done."""
+        if progress < self.warmup:
+            return self.learning_rate * progress / self.warmup
+        return self.learning_rate * 0.5 * (1 + np.cos(np.pi * (progress - self.warmup) / (1 - self.warmup)))
+
+
+def new_servable(data: datasets.Dataset) -> Servable:
+    """A servable with random weights for this data: a ResNet whose input size, channels and classes fit."""
+    preset = PRESETS.get(data.name, PRESETS["cifar10"])
+    widths, depths, expands = preset["widths"], preset["depths"], preset["expands"]
+    height, width, channels = data.train.images.shape[1:]
+    pixels = data.train.images[:10_000].reshape(-1, channels) / 255
+    return create_servable(
+        name=data.name,
+        family="resnet",
+        architecture={
+            "channels": channels, "widths": widths, "depths": (depths,) * len(widths), "classes": len(data.classes),
+            "stem_stride": preset["stem_stride"],
+        },
+        space=SubnetSpace((tuple(range(1, depths + 1)),) * len(widths), (expands,) * len(widths)),
+        input=InputSpec(
+            height=height, width=width, channels=channels,
+            mean=tuple(np.round(pixels.mean(0), 4).tolist()), std=tuple(np.round(pixels.std(0), 4).tolist()),
+        ),
+        classes=data.classes,
+    )  # fmt: skip
+
+
+def normalise(images: np.ndarray, spec: InputSpec) -> Tensor:
+    """Network inputs (N, C, H, W), channels last in memory, of uint8 images (N, H, W, C)."""
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(255)
+    return x.sub_(torch.tensor(spec.mean).view(1, -1, 1, 1)).div_(torch.tensor(spec.std).view(1, -1, 1, 1))
+
+
+class Augmented:
+    """Batches of training images, shifted by up to ``crop`` pixels and, where the data allow it, mirrored."""
+
+    def __init__(self, data: datasets.Dataset, crop: int) -> None:
+        pad = ((0, 0), (crop, crop), (crop, crop), (0, 0))
+        self._padded = np.pad(data.train.images, pad, mode="reflect")
+        self._data, self._crop = data, crop
+
+    def batches(self, size: int, rng: np.random.Generator) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """One epoch in random order, dropping an incomplete last batch."""
+        order = rng.permutation(len(self._data.train))
+        for start in range(0, len(order) - size + 1, size):
+            indices = order[start : start + size]
+            yield self._images(indices, rng), self._data.train.labels[indices]
+
+    def _images(self, indices: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        height, width = self._data.train.images.shape[1:3]
+        rows = rng.integers(0, 2 * self._crop + 1, (len(indices), 1)) + np.arange(height)
+        columns = rng.integers(0, 2 * self._crop + 1, (len(indices), 1)) + np.arange(width)
+        if self._data.mirrored:
+            flipped = rng.random(len(indices)) < 0.5
+            columns[flipped] = columns[flipped, ::-1]
+        return self._padded[indices[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+class Trainer:
+    """Training state that can be saved after each epoch and taken up again."""
+
+    def __init__(self, servable: Servable, data: datasets.Dataset, recipe: Recipe) -> None:
+        self.servable, self.data, self.recipe = servable, data, recipe
+        self.supernet, self.epoch = servable.supernet, 0
+        network = self.supernet.network.to(memory_format=torch.channels_last)
+        decayed = [p for p in network.parameters() if p.dim() > 1]
+        plain = [p for p in network.parameters() if p.dim() <= 1]
+        groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True)
+
+    def run_epoch(self) -> dict[str, float]:
+        """Train one epoch; returns mean loss of the largest subnet and seconds taken."""
+        recipe, started = self.recipe, time.perf_counter()
+        numpy_rng = np.random.default_rng((recipe.seed, self.epoch))
+        python_rng = random.Random(recipe.seed * 1000 + self.epoch)
+        steps = len(self.data.train) // recipe.batch_size
+        losses = []
+        batches = Augmented(self.data, recipe.crop).batches(recipe.batch_size, numpy_rng)
+        bar = tqdm(batches, desc=f"epoch {self.epoch + 1}/{recipe.epochs}", total=steps, disable=None, leave=False)
+        for step, (images, labels) in enumerate(bar):
+            for group in self.optimizer.param_groups:
+                group["lr"] = recipe.learning_rate_at((self.epoch + (step + 1) / steps) / recipe.epochs)
+            x = normalise(images, self.servable.input)
+            losses.append(self._step(x, torch.from_numpy(labels), python_rng))
+            bar.set_postfix(loss=f"{losses[-1]:.3f}")
+        self.epoch += 1
+        return {"loss": float(np.mean(losses)), "seconds": round(time.perf_counter() - started, 1)}
+
+    def _step(self, x: Tensor, labels: Tensor, rng: random.Random) -> float:
+        space = self.supernet.space
+        logits = self._logits(space.largest, x)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
+        loss.backward()
+        teacher = logits.detach().softmax(1)
+        for subnet in (space.smallest, *(space.sample(rng) for _ in range(self.recipe.middle))):
+            F.cross_entropy(self._logits(subnet, x), teacher).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()
+
+    def _logits(self, subnet: Subnet, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bfloat16):
+            return self.supernet.for_training(subnet)(x).float()
+
+    def save(self, path: Path) -> None:
+        """Write everything that continuing needs; whole or not at all."""
+        state = {
+            "epoch": self.epoch,
+            "network": self.supernet.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        partial = path.with_suffix(".partial")
+        torch.save(state, partial)
+        partial.replace(path)
+
+    def resume(self, path: Path) -> None:
+        """Continue from what ``save`` wrote."""
+        state = torch.load(path, weights_only=True)
+        self.supernet.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.epoch = state["epoch"]
+
+
+@torch.inference_mode()
+def predict(network: nn.Module | object, images: np.ndarray, spec: InputSpec, batch_size: int = 500) -> Tensor:
+    """Logits of all images."""
+    parts = [normalise(images[i : i + batch_size], spec) for i in range(0, len(images), batch_size)]
+    return torch.cat([network(part) for part in parts])  # type: ignore[operator]
+
+
+def calibration_batches(data: datasets.Dataset, spec: InputSpec, images: int = 2000) -> list[Tensor]:
+    """Training images, unaugmented, in large batches, for ``Supernet.calibrate``."""
+    chosen = data.train.images[:images]
+    return [normalise(chosen[i : i + 500], spec) for i in range(0, len(chosen), 500)]
+
+
+def accuracy(servable: Servable, subnet: Subnet, split: datasets.Split) -> float:
+    """Part of the images that the (calibrated) subnet classifies correctly."""
+    logits = predict(servable.supernet.actuate(subnet), split.images, servable.input)
+    return float((logits.argmax(1).numpy() == split.labels).mean())
+
+
+def evaluate(servable: Servable, data: datasets.Dataset) -> dict[str, float]:
+    """Validation accuracy of the largest and the smallest subnet, freshly calibrated."""
+    space = servable.supernet.space
+    batches = calibration_batches(data, servable.input)
+    result = {}
+    for name, subnet in (("largest", space.largest), ("smallest", space.smallest)):
+        servable.supernet.calibrate(subnet, batches)
+        result[name] = round(accuracy(servable, subnet, data.validation), 4)
+    return result
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data", required=True, help="digits, FILE.npz of JPEGs, cifar-10-batches-py folder, image folder"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the servable, such as profiles/cifar10")
+    parser.add_argument("--epochs", type=int, default=24)
+    parser.add_argument("--batch-size", type=int, default=0, help="default: 500, or 64 for fewer than 10,000 images")
+    parser.add_argument("--learning-rate", type=float, default=0.0, help="peak; default: 0.1 x batch size / 128")
+    parser.add_argument("--middle", type=int, default=1, help="random subnets per step beside largest and smallest")
+    parser.add_argument("--image-size", type=int, default=32, help="side to which a folder's images are resized")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; default: torch's choice")
+    parser.add_argument("--bfloat16", action="store_true", help="compute in bfloat16 where the processor is fast at it")
+    parser.add_argument("--resume", action="store_true", help="continue from OUT/checkpoint.pt")
+    return parser.parse_args(arguments)
+
+
+def recipe_of(options: argparse.Namespace, data: datasets.Dataset) -> Recipe:
+    """The recipe that the options ask for, with defaults that depend on the data."""
+    batch_size = options.batch_size or (500 if len(data.train) >= 10_000 else 64)
+    return Recipe(
+        epochs=options.epochs,
+        batch_size=batch_size,
+        learning_rate=options.learning_rate or 0.1 * batch_size / 128,
+        middle=options.middle,
+        seed=options.seed,
+        crop=PRESETS.get(data.name, PRESETS["cifar10"])["crop"],  # type: ignore[arg-type]
+        bfloat16=options.bfloat16,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train, save after every epoch, and write the servable."""
+    options = parse_arguments(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    try:
+        data = datasets.load(options.data, options.image_size)
+    except (datasets.DatasetError, OSError) as error:
+        sys.exit(f"train.py: {error}")
+    torch.manual_seed(options.seed)
+    options.out.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(new_servable(data), data, recipe_of(options, data))
+    checkpoint, log = options.out / "checkpoint.pt", options.out / "train_log.jsonl"
+    if options.resume:
+        trainer.resume(checkpoint)
+    else:
+        log.unlink(missing_ok=True)
+    while trainer.epoch < options.epochs:
+        row = {**trainer.run_epoch(), **evaluate(trainer.servable, data)}
+        trainer.save(checkpoint)
+        with log.open("a") as file:
+            file.write(json.dumps({"epoch": trainer.epoch, **row}) + "\n")
+        print(
+            f"epoch {trainer.epoch}/{options.epochs}: " + "  ".join(f"{key} {value:.4g}" for key, value in row.items())
+        )
+    save_servable(trainer.servable, options.out)
+    print(
+        json.dumps(
+            {"out": str(options.out), "subnets": len(trainer.supernet.space), **evaluate(trainer.servable, data)}
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""Fixtures that more than one test module uses."""
+
+import pytest
+from hypothesis import settings
+
+from slackfit import Choice, Latencies, ProfileTable, build_table
+
+# Time limits per example would fail on a busy machine; 60 examples keep a property under a quarter of a second.
+settings.register_profile("superserve", deadline=None, max_examples=60)
+settings.load_profile("superserve")
+
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
+# The paper's six ImageNet subnets: accuracy in percent, latency in milliseconds at batch 1 and 16, linear in between.
+PAPER = (
+    (73.82, 2.0, 7.0),
+    (76.69, 2.8, 11.0),
+    (77.64, 3.8, 16.3),
+    (78.25, 4.1, 17.6),
+    (79.44, 4.8, 21.4),
+    (80.16, 6.5, 30.0),
+)
+
+
+@pytest.fixture(scope="session")
+def table() -> ProfileTable:
+    """Table (i) of the policy study: subnets s1 to s6, batches up to 64, latency linear in the batch size."""
+    choices, latencies = [], {}
+    for number, (percent, one_ms, sixteen_ms) in enumerate(PAPER, start=1):
+        choice = Choice(
+            name=f"s{number}", kind="subnet", accuracy=percent / 100, accuracy_samples=50_000, test_accuracy=None,
+            parameters=number * 1_000_000, macs=number * 1_000_000_000, frontier=True,
+        )  # fmt: skip
+        each_s = tuple((one_ms + (sixteen_ms - one_ms) / 15 * (size - 1)) / 1e3 for size in BATCH_SIZES)
+        choices.append(choice)
+        latencies[choice.name] = Latencies(p50_s=each_s, p99_s=each_s)
+    return build_table(choices, BATCH_SIZES, latencies)

@@ -1,0 +1,120 @@
+"""Everything that can go wrong for a client, with its HTTP status, and its translation to JSON in one place.
+
+ServeError                500
+├── BadRequest            400  a body, tensor, image or parameter that is not what was asked for
+├── TooLarge              413  a body or image above the limit
+├── UnsupportedMedia      415  a content type that /predict does not read
+├── QueueFull             429  no place in the queue; Retry-After
+├── NotReady              503  starting, draining, or the device is lost; Retry-After
+├── DeadlineExceeded      504  the deadline passed, or cannot be met any more
+└── BatchFailed           500  the engine failed at the batch of this query
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+from typing import ClassVar
+
+from aiohttp import web
+
+
+class ServeError(Exception):
+    """An error that is told to the client; ``details`` become further fields of the JSON answer."""
+
+    status: ClassVar[int] = 500
+    reason: ClassVar[str] = "internal"
+
+    def __init__(self, message: str, *, retry_after_s: int | None = None, **details: object) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+        self.details = details
+
+
+class BadRequest(ServeError):
+    """A body, tensor, image or parameter that is not what was asked for."""
+
+    status, reason = 400, "bad_request"
+
+
+class TooLarge(ServeError):
+    """A body or image above the limit."""
+
+    status, reason = 413, "too_large"
+
+
+class UnsupportedMedia(ServeError):
+    """A content type that /predict does not read."""
+
+    status, reason = 415, "unsupported_media_type"
+
+
+class QueueFull(ServeError):
+    """No place in the queue."""
+
+    status, reason = 429, "queue_full"
+
+
+class NotReady(ServeError):
+    """Starting, draining, or the device is lost."""
+
+    status, reason = 503, "not_ready"
+
+
+class DeadlineExceeded(ServeError):
+    """The deadline passed, or cannot be met any more."""
+
+    status, reason = 504, "deadline"
+
+
+class BatchFailed(ServeError):
+    """The engine failed at the batch of this query."""
+
+    status, reason = 500, "engine_failed"
+
+
+def json_response(document: object, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    """A JSON answer."""
+    body = json.dumps(document).encode()
+    return web.Response(body=body, status=status, headers=headers, content_type="application/json")
+
+
+def error_response(error: ServeError) -> web.Response:
+    """The answer that tells a client of an error."""
+    headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+    document = {"error": str(error), "reason": error.reason, **error.details}
+    return json_response(document, error.status, headers)
+
+
+_ROUTING_REASONS = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+
+
+def _routing_error(request: web.Request, error: web.HTTPException) -> web.Response:
+    """The JSON form of an error that aiohttp itself raised (unknown route, wrong method, body too large)."""
+    known = sorted({resource.canonical for resource in request.app.router.resources()})
+    messages = {
+        404: f"no route {request.path}; known: {', '.join(known)}",
+        405: f"{request.method} is not allowed for {request.path}; allowed: {error.headers.get('Allow', '')}",
+        413: "the body is larger than this server accepts",
+    }
+    document = {
+        "error": messages.get(error.status, error.reason),
+        "reason": _ROUTING_REASONS.get(error.status, error.reason.lower().replace(" ", "_")),
+    }
+    kept = {name: value for name, value in error.headers.items() if name in ("Allow", "Location", "Retry-After")}
+    return json_response(document, error.status, kept)
+
+
+@web.middleware
+async def json_errors(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Answer every error as JSON; what is not a ServeError and not aiohttp's own is left to aiohttp to log as a 500."""
+    try:
+        return await handler(request)
+    except ServeError as error:
+        return error_response(error)
+    except web.HTTPException as error:
+        if error.status < 400:
+            raise
+        return _routing_error(request, error)

@@ -1,0 +1,204 @@
+"""From an HTTP request to one network input: parameters, and bodies that are images, raw tensors or JSON."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from web.errors import BadRequest, TooLarge, UnsupportedMedia
+
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+# Pillow warns of large images that it decodes all the same; here they are errors before anything is decoded.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM", b"II*\x00", b"MM\x00*")
+# What curl sends unless told otherwise; says nothing about the body.
+_UNTYPED = ("", "application/octet-stream", "application/x-www-form-urlencoded")
+
+
+class ImageShape(Protocol):
+    """The part of supernet.InputSpec that decoding needs."""
+
+    @property
+    def height(self) -> int: ...  # noqa: D102
+    @property
+    def width(self) -> int: ...  # noqa: D102
+    @property
+    def channels(self) -> int: ...  # noqa: D102
+
+
+# ---------------------------------------------------------------------------------------------------------- parameters
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameters:
+    """What a client may ask for beside the input itself."""
+
+    slo_s: float
+    min_accuracy: float
+    priority: int
+    top_k: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What parameters may be, and what they are when not given."""
+
+    default_slo_s: float
+    longest_slo_s: float
+    best_accuracy: float
+    classes: int
+
+
+def parse_parameters(query: Mapping[str, str], headers: Mapping[str, str], limits: Limits) -> Parameters:
+    """Parameters from the query string or, in the form ``X-SLO-Ms``, from headers; the query string wins.
+
+    Raises BadRequest for unknown names in the query string and for values out of range.
+    """
+    unknown = query.keys() - _PARAMETERS.keys()
+    if unknown:
+        raise BadRequest(f"unknown parameter '{min(unknown)}'; known: {', '.join(sorted(_PARAMETERS))}")
+    given = {name: query.get(name) or headers.get(header) for name, header in _PARAMETERS.items()}
+    envoy_ms = headers.get("X-Envoy-Expected-Rq-Timeout-Ms")
+    slo_ms = _number("slo_ms", given["slo_ms"] or envoy_ms, limits.default_slo_s * 1e3, 0, limits.longest_slo_s * 1e3)
+    if slo_ms <= 0:
+        raise BadRequest("slo_ms must be above 0")
+    min_accuracy = _number("min_accuracy", given["min_accuracy"], 0.0, 0, 1)
+    if min_accuracy > limits.best_accuracy:
+        raise BadRequest(f"min_accuracy {min_accuracy:g} is above the most accurate subnet, {limits.best_accuracy:.4f}")
+    return Parameters(
+        slo_s=slo_ms / 1e3,
+        min_accuracy=min_accuracy,
+        priority=_integer("priority", given["priority"], 0, 0, 100),
+        top_k=_integer("top_k", given["top_k"], 1, 1, limits.classes),
+    )
+
+
+_PARAMETERS = {
+    "slo_ms": "X-SLO-Ms",
+    "min_accuracy": "X-Min-Accuracy",
+    "priority": "X-Priority",
+    "top_k": "X-Top-K",
+}
+
+
+def _number(name: str, text: str | None, default: float, low: float, high: float) -> float:
+    if text is None:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        raise BadRequest(f"{name} must be a number, not '{text[:40]}'") from None
+    if not math.isfinite(value) or not low <= value <= high:
+        raise BadRequest(f"{name} must be between {low:g} and {high:g}, not {text[:40]}")
+    return value
+
+
+def _integer(name: str, text: str | None, default: int, low: int, high: int) -> int:
+    value = _number(name, text, default, low, high)
+    if value != int(value):
+        raise BadRequest(f"{name} must be a whole number, not {value:g}")
+    return int(value)
+
+
+# -------------------------------------------------------------------------------------------------------------- bodies
+
+
+def decode(body: bytes, content_type: str, shape: ImageShape, max_pixels: int) -> NDArray[Any]:
+    """One input: pixels as uint8 (H, W, C), or an already normalised tensor as float32 (C, H, W).
+
+    Raises BadRequest, TooLarge or UnsupportedMedia, naming what was wrong and what is allowed.
+    """
+    if not body:
+        raise BadRequest("empty body; send an image, a raw tensor or JSON")
+    if content_type == "application/json":
+        return _from_json(body, shape)
+    if content_type in _UNTYPED:
+        return _from_untyped(body, content_type, shape, max_pixels)
+    if content_type.startswith("image/"):
+        return _from_image(body, shape, max_pixels)
+    raise UnsupportedMedia(
+        f"content type '{content_type}' is not read here; send image/*, application/octet-stream or application/json, "
+        "for example: curl --data-binary @photo.jpg -H 'Content-Type: image/jpeg'"
+    )
+
+
+def _from_untyped(body: bytes, content_type: str, shape: ImageShape, max_pixels: int) -> NDArray[Any]:
+    values = shape.height * shape.width * shape.channels
+    if len(body) == values:
+        return np.frombuffer(body, np.uint8).reshape(shape.height, shape.width, shape.channels)
+    if len(body) == 4 * values:
+        return _checked(np.frombuffer(body, "<f4").reshape(shape.channels, shape.height, shape.width))
+    if body.startswith(_MAGIC) or (body[:4] == b"RIFF" and body[8:12] == b"WEBP"):
+        return _from_image(body, shape, max_pixels)
+    size = f"{shape.height}x{shape.width}x{shape.channels}"
+    message = (
+        f"{len(body)} bytes are neither an image nor a raw tensor: expected {values} bytes (uint8 {size}, pixels) or "
+        f"{4 * values} bytes (float32 {shape.channels}x{shape.height}x{shape.width}, normalised)"
+    )
+    raise (BadRequest if content_type == "application/octet-stream" else UnsupportedMedia)(message)
+
+
+def _checked(tensor: NDArray[np.float32]) -> NDArray[np.float32]:
+    if not np.isfinite(tensor).all():
+        raise BadRequest("the tensor contains values that are not finite")
+    return tensor
+
+
+def _from_image(body: bytes, shape: ImageShape, max_pixels: int) -> NDArray[np.uint8]:
+    try:
+        with Image.open(io.BytesIO(body), formats=IMAGE_FORMATS) as image:
+            if image.width * image.height > max_pixels:
+                size = f"{image.width}x{image.height}"
+                raise TooLarge(f"an image of {size} pixels; at most {max_pixels} pixels are decoded")
+            return _resized(image, shape)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise TooLarge(f"{error} At most {max_pixels} pixels are decoded.") from error
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        raise BadRequest(f"the image cannot be decoded: {error}; known formats: {', '.join(IMAGE_FORMATS)}") from error
+
+
+def _resized(image: Image.Image, shape: ImageShape) -> NDArray[np.uint8]:
+    """The centre of the image, in the network's proportions, scaled to its size."""
+    mode = "L" if shape.channels == 1 else "RGB"
+    if image.size != (shape.width, shape.height):
+        image.draft(mode, (2 * shape.width, 2 * shape.height))  # JPEGs of large photographs decode at a fraction
+        image = ImageOps.exif_transpose(image)
+    image = image.convert(mode)
+    if image.size != (shape.width, shape.height):
+        scale = min(image.width / shape.width, image.height / shape.height)
+        width, height = shape.width * scale, shape.height * scale
+        left, top = (image.width - width) / 2, (image.height - height) / 2
+        box = (left, top, left + width, top + height)
+        image = image.resize((shape.width, shape.height), Image.Resampling.BICUBIC, box)
+    return np.asarray(image, np.uint8).reshape(shape.height, shape.width, shape.channels)
+
+
+def _from_json(body: bytes, shape: ImageShape) -> NDArray[Any]:
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"the body is not JSON: {error}") from error
+    if not isinstance(document, dict) or document.keys() != {"inputs"}:
+        found = f"keys {', '.join(map(str, document))}" if isinstance(document, dict) else type(document).__name__
+        raise BadRequest(f'JSON must be an object with the one key "inputs"; found {found[:200]}')
+    try:
+        tensor = np.array(document["inputs"], np.float32)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise BadRequest(f'"inputs" is not a tensor of numbers: {error}') from error
+    pixels, planes = (shape.height, shape.width, shape.channels), (shape.channels, shape.height, shape.width)
+    if tensor.shape == planes:
+        return _checked(tensor)
+    if tensor.shape != pixels:
+        raise BadRequest(f'"inputs" has shape {tensor.shape}; expected {pixels} (pixels) or {planes} (normalised)')
+    if not ((tensor >= 0) & (tensor <= 255)).all():
+        raise BadRequest('"inputs" are pixels and must be between 0 and 255')
+    return tensor.astype(np.uint8)
