@@ -148,6 +148,8 @@ class Engine:
             workers=workers,
         )
         servable.supernet.to(self._device)
+        if cuda:
+            torch.cuda.synchronize(self._device)  # the workers' streams do not wait for the copies of the default one
         self._normaliser = Normaliser(servable.input, self._device)
         self._threads = threads
         self._actuated: dict[str, ActuatedSubnet] = {}

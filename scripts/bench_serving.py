@@ -1,10 +1,10 @@
 """Measure the whole server: real images over real sockets, from a second process, at several loads and policies.
 
 First the rate is searched that the fastest subnet alone can serve (attainment 0.99 with Poisson arrivals); loads are
-fractions of it. Then, load by load, each policy serves the same seconds of the same trace, each with a fresh server, and
-start time and resident memory are noted. Client and server share this machine's processors, as they would at the edge;
-what is measured includes HTTP, decoding and the client's own delay. The last line of stdout is one JSON document; --out
-keeps it, every run's report and a plot for each load.
+fractions of it. Then, load by load, each policy serves the same seconds of the same trace, each with a fresh server,
+and start time and resident memory are noted. Client and server share this machine's processors, as they would at the
+edge; what is measured includes HTTP, decoding and the client's own delay. The last line of stdout is one JSON document;
+--out keeps it, every run's report and a plot for each load.
 
     python scripts/bench_serving.py
     python scripts/bench_serving.py --loads 0.5 --duration 10 --policies halfslo
@@ -31,6 +31,9 @@ from typing import Any
 from tqdm import tqdm
 
 HOUSE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(HOUSE))
+
+from scripts import workloads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +108,18 @@ def search_capacity(options: argparse.Namespace, scratch: Path) -> float:
             reached, rate = rate, round(rate * 1.1, 1)
 
 
+def squeezed(trace: str, rate: float, duration_s: float) -> tuple[float, float]:
+    """How to squeeze a trace so that its first ``duration_s`` seconds have this mean rate.
+
+    Returns the mean rate of the whole trace, squeezed so (replay.py's --rate), and the duration, which is shorter where
+    the trace has too few arrivals.
+    """
+    arrivals = workloads.load_trace(Path(trace))
+    wanted = min(len(arrivals) - 1, round(rate * duration_s))
+    duration_s = wanted / rate
+    return float(workloads.describe(arrivals).mean_rate * arrivals[wanted] / duration_s), duration_s
+
+
 def run_all(options: argparse.Namespace, capacity: float, out: Path) -> list[dict[str, Any]]:
     """Every load with every policy; one row each."""
     rows = []
@@ -113,9 +128,9 @@ def run_all(options: argparse.Namespace, capacity: float, out: Path) -> list[dic
         with server(options.profile, policy, options.flags) as running:
             fresh_mb = running.resident_mb()
             name = f"load{round(load * 100)}-{policy.replace(':', '-')}"
+            rate, duration_s = squeezed(options.trace, capacity * load, options.duration)
             arguments = [
-                "--trace", options.trace, "--rate", f"{capacity * load:g}", "--start", f"{options.start:g}",
-                "--duration", f"{options.duration:g}", "--slo-ms", f"{options.slo_ms:g}", "--data", options.data,
+                "--trace", options.trace, "--rate", f"{rate:.3f}", "--duration", f"{duration_s:.3f}", "--slo-ms", f"{options.slo_ms:g}", "--data", options.data,
                 "--label", f"{policy}, {load:.0%} load", "--plot", str(out / f"{name}.png"),
             ]  # fmt: skip
             report = replay(running.url, arguments, out / f"{name}.json")
@@ -129,7 +144,7 @@ def _row(
 ) -> dict[str, Any]:
     wanted = (
         "queries", "attainment", "attainment_server", "mean_serving_accuracy", "observed_accuracy", "latency_ms",
-        "send_delay_ms", "outcomes",
+        "send_delay_ms", "outcomes", "workload",
     )  # fmt: skip
     return {
         "load": load,
@@ -153,7 +168,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--policies", nargs="+", default=["halfslo", "slackfit", "fixed:largest", "fixed:smallest"])
     parser.add_argument("--capacity", type=float, default=0.0, help="queries/s; searched when not given")
     parser.add_argument("--first-rate", type=float, default=400.0, help="where the search for the capacity begins")
-    parser.add_argument("--start", type=float, default=0.0, help="second of the squeezed trace at which to begin")
     parser.add_argument("--duration", type=float, default=60.0, help="seconds of each run")
     parser.add_argument("--slo-ms", type=float, default=100.0)
     parser.add_argument("--out", type=Path, help="folder for reports and plots (default: a temporary one)")

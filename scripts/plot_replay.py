@@ -48,7 +48,7 @@ def draw(reports: Sequence[dict[str, Any]], path: Path) -> None:
             panel.yaxis.set_major_formatter(PercentFormatter(xmax=1))
         figure.align_ylabels(panels)
         if len(reports) > 1:
-            panels[1].legend(loc="lower left", ncols=3)
+            figure.legend(*panels[1].get_legend_handles_labels(), loc="outside lower center", ncols=2)
         figure.suptitle(_title(reports), fontsize=10)
         figure.savefig(path, dpi=130)
 

@@ -327,20 +327,29 @@ def test_importing_slackfit_imports_neither_torch_nor_aiohttp() -> None:
 
 # --------------------------------------------------------------------------------------------------- random small cases
 
+# Times are whole numbers of 1/1024 s: their sums are exact, so that brute force and policy agree on the many ties.
+TICK_MS = 1000 / 1024
 SIZES = (1, 2, 4, 8)
 
 
 @st.composite
 def tables(draw: st.DrawFn, crossing: bool = False) -> ProfileTable:
-    """Latency grows with batch size and, unless crossing, with accuracy at each size; whole milliseconds tie often."""
+    """Latency grows with batch size and, unless crossing, with accuracy at each size."""
     fixed = sorted(draw(st.lists(st.integers(1, 12), min_size=1, max_size=4, unique=True)))
     each = draw(st.lists(st.integers(1, 4), min_size=len(fixed), max_size=len(fixed)))
     each = each if crossing else sorted(each)
-    rows = [[base + slope * size for size in SIZES] for base, slope in zip(fixed, each, strict=True)]
+    rows = [[TICK_MS * (base + slope * size) for size in SIZES] for base, slope in zip(fixed, each, strict=True)]
     return table_of(SIZES, *((0.5 + index / 10, row) for index, row in enumerate(rows)))
 
 
-slack_lists = st.lists(st.integers(0, 60), min_size=1, max_size=14)
+def queues(most_ticks: int, spread_ticks: int, longest: int) -> st.SearchStrategy[Queue]:
+    """Queues whose head has any slack up to most_ticks, the others up to spread_ticks more."""
+    more = st.lists(st.integers(0, spread_ticks), max_size=longest - 1)
+    slacks = st.builds(lambda head, more: [head, *(head + each for each in more)], st.integers(0, most_ticks), more)
+    return slacks.map(lambda ticks: queue_of(*(TICK_MS * each for each in ticks)))
+
+
+any_queue = queues(60, 10, 14)
 policies = st.sampled_from(["slackfit", "slackfit:3", "halfslo", "fixed:largest", "fixed:smallest"])
 
 
@@ -371,23 +380,19 @@ def slackfit_by_brute_force(table: ProfileTable, buckets: int, queue: Queue, low
     return Decision(given_up, entry, batch_size)
 
 
-@given(tables(crossing=True), slack_lists, st.sampled_from([1, 2, 3, 16, 100]), st.data())
-def test_slackfit_matches_brute_force(
-    table: ProfileTable, slacks: list[int], buckets: int, data: st.DataObject
-) -> None:
+@given(tables(crossing=True), any_queue, st.sampled_from([1, 2, 3, 16, 100]), st.data())
+def test_slackfit_matches_brute_force(table: ProfileTable, queue: Queue, buckets: int, data: st.DataObject) -> None:
     lowest = data.draw(st.integers(0, len(table.entries) - 1))
-    queue = queue_of(*slacks)
     assert SlackFit(table, buckets).decide(NOW_S, queue, lowest) == slackfit_by_brute_force(
         table, buckets, queue, lowest
     )
 
 
-@given(tables(crossing=True), slack_lists, policies, st.data())
+@given(tables(crossing=True), any_queue, policies, st.data())
 def test_a_decision_fits_the_slack_or_gives_up(
-    table: ProfileTable, slacks: list[int], spec: str, data: st.DataObject
+    table: ProfileTable, queue: Queue, spec: str, data: st.DataObject
 ) -> None:
     lowest = data.draw(st.integers(0, len(table.entries) - 1))
-    queue = queue_of(*slacks)
     decision = decide(make_policy(spec, table), queue, lowest)
     assert (decision.entry is None) == (decision.batch_size == 0)
     assert 0 <= decision.give_up <= decision.give_up + decision.batch_size <= len(queue)
@@ -401,14 +406,14 @@ def test_a_decision_fits_the_slack_or_gives_up(
 def test_less_slack_never_means_a_slower_choice(table: ProfileTable, spec: str, queued: int) -> None:
     # Queues at least as long as the largest batch: a batch that a short queue cuts down takes less than was planned.
     policy = make_policy(spec, table)
-    decisions = [decide(policy, queue_of(*[slack_ms] * queued)) for slack_ms in range(60, 0, -2)]
+    decisions = [decide(policy, queue_of(*[TICK_MS * ticks] * queued)) for ticks in range(60, 0, -2)]
     taken_s = [each.entry.latency_s[each.batch_size] for each in decisions if each.entry is not None]
     assert taken_s == sorted(taken_s, reverse=True)
 
 
-@given(tables(), slack_lists, policies)
-def test_the_same_queue_gets_the_same_decision(table: ProfileTable, slacks: list[int], spec: str) -> None:
-    policy, queue = make_policy(spec, table), queue_of(*slacks)
+@given(tables(), any_queue, policies)
+def test_the_same_queue_gets_the_same_decision(table: ProfileTable, queue: Queue, spec: str) -> None:
+    policy = make_policy(spec, table)
     assert decide(policy, queue) == decide(policy, queue)
 
 
@@ -443,16 +448,13 @@ def lost_one_by_one(deadlines_s: Sequence[float], latency_s: Sequence[float]) ->
     return lost
 
 
-# Whole numbers of 1/1024 s: their sums are exact, so that brute force and policy agree on ties.
-exact_queues = st.lists(st.integers(0, 60), min_size=1, max_size=9).map(
-    lambda slacks: Queue(sorted(NOW_S + slack / 1024 for slack in slacks))
-)
-exact_latencies = st.tuples(st.integers(0, 8), st.integers(1, 8)).map(
+tight_queues = queues(20, 12, 9)
+affine_latencies = st.tuples(st.integers(0, 8), st.integers(1, 8)).map(
     lambda costs: [0.0, *((costs[0] + costs[1] * size) / 1024 for size in range(1, 6))]
 )
 
 
-@given(exact_queues, exact_latencies, st.integers(1, 64))
+@given(tight_queues, affine_latencies, st.integers(1, 64))
 def test_early_drop_gives_up_nothing_when_some_sequence_of_batches_serves_all(
     queue: Queue, latency_s: list[float], slo: int
 ) -> None:
@@ -461,7 +463,7 @@ def test_early_drop_gives_up_nothing_when_some_sequence_of_batches_serves_all(
         assert rest.given_up == 0
 
 
-@given(exact_queues, exact_latencies, st.integers(1, 64))
+@given(tight_queues, affine_latencies, st.integers(1, 64))
 def test_early_drop_gives_up_no_more_than_would_be_lost_and_no_further_than_needed(
     queue: Queue, latency_s: list[float], slo: int
 ) -> None:
@@ -487,6 +489,11 @@ def test_early_drop_saves_more_than_dropping_at_the_deadline(table: ProfileTable
     rest = drop_early(NOW_S, queue, latency_s, 0.036, workers=1)
     saved_early = rest.count - lost_one_by_one(queue.deadlines[rest.given_up :], latency_s)
     assert saved_early > 2 * saved_late
+
+
+def test_early_drop_stops_at_a_head_with_two_fifths_of_an_slo(table: ProfileTable) -> None:
+    queue = queue_of(*[14.0] * 3, *[14.5] * 80)
+    assert drop_early(NOW_S, queue, table.fastest.latency_s, 0.036, workers=1).given_up == 3
 
 
 def test_more_workers_give_up_less(table: ProfileTable) -> None:
@@ -526,7 +533,7 @@ def test_halfslo_caps_by_the_shortest_recent_slo(table: ProfileTable) -> None:
     policy = make_policy("halfslo", table)
     policy.arrived(NOW_S, 0.010)
     assert run(policy, queue_of(100.0), slo_ms=100) == (0, "s5", 1)
-    for _ in range(64):
+    for _ in range(62):
         policy.arrived(NOW_S, 0.100)
     assert run(policy, queue_of(100.0), slo_ms=100) == (0, "s6", 1)
 
@@ -550,6 +557,12 @@ def test_slackfit_runs_only_profiled_batch_sizes_or_the_whole_queue(table: Profi
     assert run(make_policy("slackfit:1", table), queue_of(*[36.0] * 41)) == (0, "s1", 41)
 
 
+def test_slackfit_takes_the_bucket_nearest_to_the_slack(table: ProfileTable) -> None:
+    # From 8.45 to 14.9 ms there is only s3 with batch 8 that takes no more than 10 ms: a batch that is then cut to 1.
+    assert run(make_policy("slackfit", table), queue_of(10.0)) == (0, "s3", 1)
+    assert run(make_policy("slackfit:1", table), queue_of(10.0)) == (0, "s6", 1)
+
+
 def test_fixed_runs_its_subnet_in_the_largest_batch_that_fits(table: ProfileTable) -> None:
     assert run(make_policy("fixed:s2", table), queue_of(1.0, *[10.0] * 40)) == (1, "s2", 14)
     assert run(make_policy("fixed:s2", table), queue_of(1.0)) == (1, "", 0)
@@ -562,6 +575,7 @@ def test_fixed_gives_up_a_query_whose_floor_is_above_its_subnet(table: ProfileTa
 def test_an_accuracy_floor_is_kept_in_overload(table: ProfileTable) -> None:
     assert run(make_policy("halfslo", table), queue_of(*[36.0] * 64), lowest=4) == (0, "s5", 29)
     assert run(make_policy("slackfit", table), queue_of(*[36.0] * 64), lowest=4) == (0, "s6", 16)
+    assert run(make_policy("halfslo", table), queue_of(*[36.0] * 20), lowest=5) == (0, "s6", 19)
 
 
 @pytest.mark.parametrize(
