@@ -7,20 +7,26 @@ Reading them executes nothing. (Accuracies and latencies, which decide and do no
 from __future__ import annotations
 
 import json
+import math
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 import supernets
 from supernet import Subnet, SubnetSpace, Supernet, SupernetError
 
 SCHEMA = 1
+FIELDS = ("schema", "name", "family", "architecture", "space", "input", "classes")
+LARGEST_INPUT = 4096  # pixels a side
+LARGEST_NETWORK = 10**9  # weights; beyond it the architecture is a slip rather than a network
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,12 +40,25 @@ class InputSpec:
     std: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if min(self.height, self.width) < 1 or self.channels not in (1, 3):
-            raise SupernetError(
-                f"input of {self.height}x{self.width} with {self.channels} channels; 1 or 3 are supported"
-            )
-        if len(self.mean) != self.channels or len(self.std) != self.channels or min(self.std) <= 0:
-            raise SupernetError("mean and std must have one value per channel, std above zero")
+        for name in ("height", "width"):
+            if not _is_whole(getattr(self, name)) or not 1 <= getattr(self, name) <= LARGEST_INPUT:
+                raise SupernetError(f"{name} must be 1 to {LARGEST_INPUT}, not {getattr(self, name)!r:.40}")
+        if not _is_whole(self.channels) or self.channels not in (1, 3):
+            raise SupernetError(f"channels must be 1 or 3, not {self.channels!r:.40}")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if not isinstance(values, tuple) or len(values) != self.channels or not all(map(_is_number, values)):
+                raise SupernetError(f"{name} must be one number per channel, not {values!r:.60}")
+        if min(self.std) <= 0:
+            raise SupernetError(f"std must be above zero, not {self.std}")
+
+
+def _is_whole(value: object) -> bool:
+    return type(value) is int
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,18 +83,50 @@ def create_servable(
     classes: Sequence[str],
 ) -> Servable:
     """A servable with random weights; raises SupernetError where the parts do not fit."""
-    try:
-        network, stages = supernets.build(family, architecture)
-    except ValueError as error:
-        raise SupernetError(str(error)) from error
+    if not isinstance(name, str) or not name:
+        raise SupernetError(f"name must be some text, not {name!r:.40}")
+    if not classes or not all(isinstance(each, str) and each for each in classes) or len(set(classes)) < len(classes):
+        raise SupernetError(f"classes must be different names, not {classes!r:.60}")
+    network, stages = _build(family, architecture)
+    _check_fit(network, input, classes)
     supernet = Supernet(network, stages, space)
     return Servable(
         name=name, family=family, architecture=architecture, supernet=supernet, input=input, classes=tuple(classes)
     )
 
 
+def _build(family: str, architecture: Mapping[str, Any]) -> tuple[nn.Module, Sequence[str]]:
+    try:
+        with torch.device("meta"):  # counts weights without making any
+            network, _ = supernets.build(family, architecture)
+        weights = sum(weight.numel() for weight in network.parameters())
+        if weights > LARGEST_NETWORK:
+            raise SupernetError(f"architecture has {weights:,} weights; at most {LARGEST_NETWORK:,} are supported")
+        return supernets.build(family, architecture)
+    except (ValueError, RuntimeError) as error:
+        raise SupernetError(_first_line(error)) from error
+
+
+@torch.no_grad()
+def _check_fit(network: nn.Module, input: InputSpec, classes: Sequence[str]) -> None:
+    try:
+        logits = network.eval()(torch.zeros(1, input.channels, input.height, input.width))
+    except (RuntimeError, ValueError) as error:
+        form = f"{input.height}x{input.width} with {input.channels} channels"
+        raise SupernetError(f"input of {form} does not fit the network: {_first_line(error)}") from error
+    network.train()
+    if logits.shape != (1, len(classes)):
+        raise SupernetError(f"classes: {len(classes)} names, but the network has outputs {tuple(logits.shape[1:])}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def save_servable(servable: Servable, folder: Path) -> None:
     """Write supernet.json, weights.npz (half precision) and norms.npz; each file appears whole or not at all."""
+    weights = {name: _stored(name, value.cpu()) for name, value in servable.supernet.network.state_dict().items()}
+    norms = {subnet.name: flat.cpu().numpy() for subnet, flat in servable.supernet.statistics.items()}
     folder.mkdir(parents=True, exist_ok=True)
     space = servable.supernet.space
     document = {
@@ -88,39 +139,77 @@ def save_servable(servable: Servable, folder: Path) -> None:
         "classes": servable.classes,
     }
     _write(folder / "supernet.json", lambda file: file.write((json.dumps(document, indent=1) + "\n").encode()))
-    weights = {
-        name: value.half().numpy() if value.is_floating_point() else value.numpy()
-        for name, value in servable.supernet.network.state_dict().items()
-    }
-    _write(folder / "weights.npz", lambda file: np.savez(file, **weights))
-    norms = {subnet.name: flat.cpu().numpy() for subnet, flat in servable.supernet.statistics.items()}
+    _write(folder / "weights.npz", lambda file: np.savez(file, **weights))  # type: ignore[arg-type]
     _write(folder / "norms.npz", lambda file: np.savez(file, **norms))  # type: ignore[arg-type]
+
+
+def _stored(name: str, value: Tensor) -> NDArray[Any]:
+    stored = value.half() if value.is_floating_point() else value
+    if not bool(torch.isfinite(stored).all()):
+        raise SupernetError(f"{name} contains values that are not finite in half precision")
+    return stored.numpy()
 
 
 def load_servable(folder: Path) -> Servable:
     """Read what ``save_servable`` wrote, on the CPU; executes nothing. SupernetError names the file and the field."""
     path = folder / "supernet.json"
     try:
-        document = json.loads(path.read_text())
-        if document["schema"] != SCHEMA:
-            raise SupernetError(f"schema {document['schema']} is not {SCHEMA}, the one this version reads")
-        space = SubnetSpace(*(tuple(map(tuple, document["space"][key])) for key in ("depths", "expands")))
-        shape = document["input"]
-        servable = create_servable(
-            name=document["name"],
-            family=document["family"],
-            architecture=document["architecture"],
-            space=space,
-            input=InputSpec(**{**shape, "mean": tuple(shape["mean"]), "std": tuple(shape["std"])}),
-            classes=document["classes"],
-        )
-    except KeyError as error:
-        raise SupernetError(f"{path}: field {error} is missing") from error
-    except (OSError, ValueError, TypeError) as error:
-        raise SupernetError(f"{path}: {error}") from error
+        servable = _parse(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SupernetError(f"{path}: {_first_line(error)}") from error
     _load_weights(servable.supernet, folder / "weights.npz")
     _load_statistics(servable.supernet, folder / "norms.npz")
     return servable
+
+
+def _parse(document: object) -> Servable:
+    # The schema comes first: a file of another version has other fields, and that is not what is wrong with it.
+    if isinstance(document, dict) and document.get("schema", SCHEMA) != SCHEMA:
+        raise SupernetError(f"schema must be {SCHEMA}, not {document['schema']!r:.40}")
+    top = _record(document, "", FIELDS)
+    space = _record(top["space"], "space", ("depths", "expands"))
+    form = _record(top["input"], "input", [each.name for each in fields(InputSpec)])
+    rows = {name: tuple(map(tuple, _lists(space[name], f"space.{name}"))) for name in space}
+    form |= {name: tuple(_list(form[name], f"input.{name}")) for name in ("mean", "std")}
+    return create_servable(
+        name=top["name"],
+        family=top["family"],
+        architecture=top["architecture"],
+        space=_named("space", SubnetSpace, **rows),
+        input=_named("input", InputSpec, **form),
+        classes=_list(top["classes"], "classes"),
+    )
+
+
+def _named(where: str, make: Callable[..., Any], **values: object) -> Any:
+    try:
+        return make(**values)
+    except SupernetError as error:
+        raise SupernetError(f"{where}: {error}") from error
+
+
+def _record(value: object, where: str, names: Sequence[str]) -> dict[str, Any]:
+    """The value as an object with exactly these fields."""
+    if not isinstance(value, dict):
+        raise SupernetError(f"{where or 'the document'} must be an object, not {value!r:.40}")
+    prefix = f"{where}." if where else ""
+    for name in names:
+        if name not in value:
+            raise SupernetError(f"{prefix}{name} is missing")
+    for name in value:
+        if name not in names:
+            raise SupernetError(f"{prefix}{name} is unknown; the fields are {', '.join(names)}")
+    return value
+
+
+def _list(value: object, where: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise SupernetError(f"{where} must be a list, not {value!r:.40}")
+    return value
+
+
+def _lists(value: object, where: str) -> list[list[Any]]:
+    return [_list(each, f"{where}[{index}]") for index, each in enumerate(_list(value, where))]
 
 
 def _load_weights(supernet: Supernet, path: Path) -> None:
@@ -132,31 +221,62 @@ def _load_weights(supernet: Supernet, path: Path) -> None:
     for name, value in expected.items():
         if tuple(value.shape) != arrays[name].shape:
             raise SupernetError(f"{path}: {name} has shape {arrays[name].shape}, expected {tuple(value.shape)}")
-        if not np.isfinite(arrays[name]).all():
-            raise SupernetError(f"{path}: {name} contains values that are not finite")
         with torch.no_grad():
-            value.copy_(torch.from_numpy(arrays[name]))
+            value.copy_(_tensor(arrays[name], f"{path}: {name}"))
     supernet.network.requires_grad_(False).eval()
 
 
 def _load_statistics(supernet: Supernet, path: Path) -> None:
-    for name, flat in _read_arrays(path).items():
+    for name, array in _read_arrays(path).items():
         try:
-            supernet.set_statistics(Subnet.parse(name), torch.from_numpy(flat))
+            supernet.set_statistics(Subnet.parse(name), _tensor(array, f"statistics of {name}"))
         except SupernetError as error:
             raise SupernetError(f"{path}: {error}") from error
 
 
+def _tensor(array: NDArray[Any], where: str) -> Tensor:
+    if array.dtype.kind not in "fiu":
+        raise SupernetError(f"{where} holds {array.dtype}, not numbers")
+    with np.errstate(over="ignore"):  # what single precision cannot hold becomes infinite
+        tensor = torch.from_numpy(array.astype(np.float32 if array.dtype.kind == "f" else np.int64))
+    if not bool(torch.isfinite(tensor).all()):
+        raise SupernetError(f"{where} contains values that are not finite")
+    return tensor
+
+
+# What numpy and zipfile raise for damaged archives.
+_DAMAGE = (
+    OSError,
+    ValueError,
+    EOFError,
+    KeyError,
+    RuntimeError,
+    MemoryError,
+    SyntaxError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
 def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     try:
+        with zipfile.ZipFile(path):  # numpy would read other formats too
+            pass
         with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise SupernetError(f"{path}: {error}") from error
+            arrays = {name: archive[name] for name in archive.files}
+    except _DAMAGE as error:
+        raise SupernetError(f"{path}: {_first_line(error)}") from error
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):
+            raise SupernetError(f"{path}: {name} is not an array")
+    return arrays
 
 
 def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        write(file)
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            write(file)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

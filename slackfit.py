@@ -1,413 +1,54 @@
 """SlackFit: which subnet to run next, and on how many queries.
 
-A **profile table** says how accurate each control choice is and how long it takes on this device by batch size. A
-**policy** reads the table, the time and the waiting queries, and returns a ``Decision``: how many of the most urgent
-queries to give up, what to run on the most urgent of the rest, and on how many of them at once.
+A **profile table** (profiletable.py) says how accurate each control choice is and how long it takes on this device by
+batch size. A **policy** reads the table, the time and the waiting queries, and returns a ``Decision``: how many of the
+most urgent queries to give up, what to run on the most urgent of the rest, and on how many of them at once.
 
-This file reads no clock and does no I/O after loading; it knows neither torch nor HTTP. The caller passes ``now_s``,
-already moved forward by the overhead of answering, so that the slack of a query is its deadline minus ``now_s``.
+This file reads no clock and does no I/O; it knows neither torch nor HTTP. The caller passes ``now_s``, already moved
+forward by the overhead of answering, so that the slack of a query is its deadline minus ``now_s``.
 
-From bottom to top: records and the table (``build_table``), its files (``load_choices``, ``load_latencies``), what
-policies share (``Decision``, ``drop_hopeless``, ``drop_early``), and the policies (``make_policy``).
+From bottom to top: what policies share (``Decision``, ``drop_hopeless``, ``Arrivals``), early drop (``drop_early``),
+the policies of the literature and our own (``PaceFit``), and their names (``make_policy``).
 """
 
 from __future__ import annotations
 
-import json
 import re
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
-from itertools import pairwise
-from math import inf
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil, inf
 from typing import Protocol
 
-SCHEMA = 1
-KINDS = ("subnet", "ensemble")
-NOISE = 0.2  # a larger batch may be measured this much faster than a smaller one before the profile is refused
-LONGEST_S = 3600.0  # no batch takes an hour: a longer latency is a wrong unit or an infinity
-LARGEST = 10**18  # of counts such as MACs
+from profiletable import (
+    Choice,
+    Device,
+    DeviceMismatch,
+    Entry,
+    Latencies,
+    ProfileError,
+    ProfileTable,
+    build_table,
+    load_choices,
+    load_latencies,
+    save_choices,
+    save_latencies,
+    table_document,
+)
 
-
-class ProfileError(ValueError):
-    """A profile that cannot be used; says which file and field."""
-
-
-class DeviceMismatch(ProfileError):
-    """A latency table that was measured on another device than this one."""
+# With the table's names, so that whoever plans needs this module only.
+__all__ = [
+    "POLICIES", "Arrivals", "CheapestFirst", "Choice", "Decision", "Device", "DeviceMismatch", "Entry", "FixedSubnet",
+    "HalfSLO", "Latencies", "MaxAccuracy", "MaxBatch", "PaceFit", "Policy", "PolicyError", "ProfileError",
+    "ProfileTable", "QueueView", "Rest", "SlackFit", "Traffic", "build_table", "drop_early", "drop_hopeless",
+    "largest_batch", "load_choices", "load_latencies", "make_policy", "save_choices", "save_latencies",
+    "table_document",
+]  # fmt: skip
 
 
 class PolicyError(ValueError):
     """A policy that does not exist or cannot be had with this table; lists what can."""
-
-
-# ------------------------------------------------------------------------------------------------ records and the table
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Device:
-    """What a latency table was measured on. A table fits only a device that is equal in every field."""
-
-    kind: str  # "cpu" or "cuda"
-    name: str
-    torch: str
-    dtype: str
-    threads: int  # CPU threads per worker; 0 on a GPU
-    workers: int  # how many ran batches at the same time while measuring
-
-    @property
-    def file_name(self) -> str:
-        """Where this device's latencies are kept; the torch version is left out, so that a new one replaces the old."""
-        parts = (self.kind, self.name, f"t{self.threads}", f"w{self.workers}", self.dtype)
-        return f"latency-{'-'.join(_slug(part) for part in parts)}.json"
-
-    def __str__(self) -> str:
-        what = f"{self.kind} {self.name}, torch {self.torch}, {self.dtype}"
-        return f"{what}, {self.threads} threads per worker, {self.workers} workers"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
-    """One row of choices.json: a subnet or ensemble and what is known of it on any device."""
-
-    name: str
-    kind: str  # one of KINDS
-    accuracy: float  # 0 to 1, on validation images
-    accuracy_samples: int
-    test_accuracy: float | None
-    parameters: int
-    macs: int
-    frontier: bool  # worth profiling on a device
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Latencies:
-    """As measured for one choice, one number per profiled batch size."""
-
-    p50_s: tuple[float, ...]
-    p99_s: tuple[float, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
-    """A choice with its planned latency on this device: ``latency_s[n]`` for a batch of n, ``latency_s[0]`` is 0."""
-
-    choice: Choice
-    latency_s: tuple[float, ...]
-
-    @property
-    def name(self) -> str:
-        """The choice's name."""
-        return self.choice.name
-
-    @property
-    def accuracy(self) -> float:
-        """The choice's accuracy, 0 to 1."""
-        return self.choice.accuracy
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProfileTable:
-    """The entries on the accuracy/latency frontier, both ascending; made by ``build_table``."""
-
-    entries: tuple[Entry, ...]
-    batch_sizes: tuple[int, ...]  # those that were measured
-    device: Device | None = None
-
-    @property
-    def max_batch(self) -> int:
-        """The largest batch that any entry may run."""
-        return self.batch_sizes[-1]
-
-    @property
-    def fastest(self) -> Entry:
-        """The least accurate entry."""
-        return self.entries[0]
-
-    @property
-    def most_accurate(self) -> Entry:
-        """The slowest entry."""
-        return self.entries[-1]
-
-    def by_name(self, name: str) -> Entry:
-        """The entry of this name; raises ProfileError, listing the names that there are, for any other."""
-        for entry in self.entries:
-            if entry.name == name:
-                return entry
-        known = ", ".join(entry.name for entry in self.entries)
-        raise ProfileError(f"no entry '{name}' in the profile table: there are {known}")
-
-
-def build_table(
-    choices: Iterable[Choice],
-    batch_sizes: Sequence[int],
-    latencies: Mapping[str, Latencies],
-    device: Device | None = None,
-) -> ProfileTable:
-    """The table that policies plan with, by 99th percentiles; raises ProfileError for gaps and impossible figures."""
-    known = _by_unique_name(choices)
-    _check_batch_sizes(batch_sizes)
-    for name in latencies:
-        if name not in known:
-            raise ProfileError(f"latencies.{name}: there is no such choice")
-    entries = []
-    for choice in known.values():
-        if choice.name in latencies:
-            entries.append(Entry(choice=choice, latency_s=_planned(choice.name, batch_sizes, latencies[choice.name])))
-        elif choice.frontier:
-            raise ProfileError(f"latencies.{choice.name}: missing, but the choice is on the frontier")
-    if not entries:
-        raise ProfileError("latencies: empty")
-    return ProfileTable(entries=_frontier(entries, batch_sizes), batch_sizes=tuple(batch_sizes), device=device)
-
-
-def table_document(table: ProfileTable) -> dict[str, object]:
-    """The table as JSON for people and dashboards, latencies in milliseconds by profiled batch size."""
-    shown = ("name", "kind", "accuracy", "test_accuracy", "parameters", "macs")
-    entries = [
-        {name: getattr(entry.choice, name) for name in shown}
-        | {"latency_ms": [_ms(entry.latency_s[size]) for size in table.batch_sizes]}
-        for entry in table.entries
-    ]
-    device = asdict(table.device) if table.device else None
-    return {"device": device, "batch_sizes": list(table.batch_sizes), "entries": entries}
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:80] or "unknown"
-
-
-def _ms(seconds: float) -> float:
-    return round(seconds * 1e3, 6)
-
-
-def _by_unique_name(choices: Iterable[Choice]) -> dict[str, Choice]:
-    known: dict[str, Choice] = {}
-    for choice in choices:
-        if choice.name in known:
-            raise ProfileError(f"choices: '{choice.name}' is there twice")
-        known[choice.name] = choice
-    return known
-
-
-def _check_batch_sizes(batch_sizes: Sequence[int]) -> None:
-    ascending = all(smaller < larger for smaller, larger in pairwise(batch_sizes))
-    if not batch_sizes or batch_sizes[0] != 1 or not ascending:
-        raise ProfileError(f"batch_sizes: must ascend from 1, not {list(batch_sizes)}")
-
-
-def _planned(name: str, batch_sizes: Sequence[int], measured: Latencies) -> tuple[float, ...]:
-    _levelled(f"latencies.{name}.p50_ms", batch_sizes, measured.p50_s)
-    return _interpolated(batch_sizes, _levelled(f"latencies.{name}.p99_ms", batch_sizes, measured.p99_s))
-
-
-def _levelled(where: str, batch_sizes: Sequence[int], latencies_s: Sequence[float]) -> list[float]:
-    """The latencies with dips within noise filled up, so that they never fall as the batch grows."""
-    if len(latencies_s) != len(batch_sizes):
-        raise ProfileError(f"{where}: {len(latencies_s)} numbers for {len(batch_sizes)} batch sizes")
-    levelled: list[float] = []
-    highest_s = 0.0
-    for size, latency_s in zip(batch_sizes, latencies_s, strict=True):
-        if not 0 < latency_s <= LONGEST_S:
-            raise ProfileError(f"{where}: must be positive, finite and at most an hour, not {latency_s * 1e3:g}")
-        if latency_s < (1 - NOISE) * highest_s:
-            raise ProfileError(f"{where}: falls from {highest_s * 1e3:g} to {latency_s * 1e3:g} at batch size {size}")
-        highest_s = max(highest_s, latency_s)
-        levelled.append(highest_s)
-    return levelled
-
-
-def _interpolated(batch_sizes: Sequence[int], latencies_s: Sequence[float]) -> tuple[float, ...]:
-    """Latency by batch size, 0 to the largest, linear between those measured."""
-    every_s = [0.0]
-    for (small, low_s), (large, high_s) in pairwise(zip((0, *batch_sizes), (0.0, *latencies_s), strict=True)):
-        step_s = (high_s - low_s) / (large - small)
-        every_s += [min(low_s + step_s * above, high_s) for above in range(1, large - small)] + [high_s]
-    return tuple(every_s)
-
-
-def _frontier(entries: Iterable[Entry], batch_sizes: Sequence[int]) -> tuple[Entry, ...]:
-    """Accuracy ascending, without the entries that another equals or beats in both accuracy and mean latency."""
-
-    def slowness(entry: Entry) -> tuple[float, float]:
-        return sum(entry.latency_s[size] for size in batch_sizes), -entry.accuracy
-
-    kept: list[Entry] = []
-    for entry in sorted(entries, key=slowness):
-        if not kept or entry.accuracy > kept[-1].accuracy:
-            kept.append(entry)
-    return tuple(kept)
-
-
-# -------------------------------------------------------------------------------------------------- the profile's files
-
-
-def load_choices(folder: Path) -> tuple[Choice, ...]:
-    """The rows of the folder's choices.json; raises ProfileError, naming file and field, for anything amiss."""
-    path = Path(folder) / "choices.json"
-    with _naming(path):
-        document = _read(path, ("choices",))
-        rows = _array(document["choices"], "choices")
-        choices = tuple(_parse_choice(row, f"choices[{index}]") for index, row in enumerate(rows))
-        _by_unique_name(choices)
-        return choices
-
-
-def load_latencies(path: Path, choices: Iterable[Choice], device: Device) -> ProfileTable:
-    """The table of one latency file; raises ProfileError for anything amiss, DeviceMismatch for another device's."""
-    with _naming(path):
-        document = _read(path, ("device", "batch_sizes", "latencies"))
-        measured_on = _parse_device(document["device"])
-        if measured_on != device:
-            raise DeviceMismatch(f"device: measured on {measured_on}; this is {device}")
-        sizes = [_count(size, "batch_sizes", 1) for size in _array(document["batch_sizes"], "batch_sizes")]
-        rows = _mapping(document["latencies"], "latencies").items()
-        latencies = {name: _parse_latencies(row, f"latencies.{name}") for name, row in rows}
-        return build_table(choices, sizes, latencies, device)
-
-
-def save_choices(folder: Path, choices: Iterable[Choice]) -> None:
-    """Write the folder's choices.json, whole or not at all."""
-    _write(Path(folder) / "choices.json", {"schema": SCHEMA, "choices": [asdict(choice) for choice in choices]})
-
-
-def save_latencies(path: Path, device: Device, batch_sizes: Sequence[int], latencies: Mapping[str, Latencies]) -> None:
-    """Write one latency file, whole or not at all."""
-    rows = {
-        name: {"p50_ms": [_ms(value) for value in row.p50_s], "p99_ms": [_ms(value) for value in row.p99_s]}
-        for name, row in latencies.items()
-    }
-    document = {"schema": SCHEMA, "device": asdict(device), "batch_sizes": list(batch_sizes), "latencies": rows}
-    _write(path, document)
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except ProfileError as error:
-        raise type(error)(f"{path}: {error}") from error
-
-
-def _write(path: Path, document: Mapping[str, object]) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
-def _read(path: Path, names: Sequence[str]) -> dict[str, object]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
-    except OSError as error:
-        raise ProfileError(f"cannot be read: {error.strerror}") from error
-    except ProfileError:
-        raise
-    except ValueError as error:
-        raise ProfileError(f"is not JSON: {error}") from error
-    schema = document.get("schema") if isinstance(document, dict) else None
-    # The schema comes first: a file of another version has other fields, and that is not what is wrong with it.
-    if schema is not None and (type(schema) is not int or schema != SCHEMA):
-        raise ProfileError(f"schema: must be {SCHEMA}, not {schema!r}")
-    return _record(document, "", ("schema", *names))
-
-
-def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    seen: dict[str, object] = {}
-    for name, value in pairs:
-        if name in seen:
-            raise ProfileError(f"{name}: is there twice")
-        seen[name] = value
-    return seen
-
-
-def _parse_choice(value: object, where: str) -> Choice:
-    row = _record(value, where, [spec.name for spec in fields(Choice)])
-    tested = row["test_accuracy"]
-    return Choice(
-        name=_text(row["name"], f"{where}.name"),
-        kind=_text(row["kind"], f"{where}.kind", KINDS),
-        accuracy=_number(row["accuracy"], f"{where}.accuracy", 0, 1),
-        accuracy_samples=_count(row["accuracy_samples"], f"{where}.accuracy_samples", 1),
-        test_accuracy=None if tested is None else _number(tested, f"{where}.test_accuracy", 0, 1),
-        parameters=_count(row["parameters"], f"{where}.parameters", 1),
-        macs=_count(row["macs"], f"{where}.macs", 1),
-        frontier=_flag(row["frontier"], f"{where}.frontier"),
-    )
-
-
-def _parse_device(value: object) -> Device:
-    row = _record(value, "device", [spec.name for spec in fields(Device)])
-    return Device(
-        kind=_text(row["kind"], "device.kind", ("cpu", "cuda")),
-        name=_text(row["name"], "device.name"),
-        torch=_text(row["torch"], "device.torch"),
-        dtype=_text(row["dtype"], "device.dtype"),
-        threads=_count(row["threads"], "device.threads", 0),
-        workers=_count(row["workers"], "device.workers", 1),
-    )
-
-
-def _parse_latencies(value: object, where: str) -> Latencies:
-    row = _record(value, where, ("p50_ms", "p99_ms"))
-
-    def seconds(name: str) -> tuple[float, ...]:
-        numbers = _array(row[name], f"{where}.{name}")
-        return tuple(_number(number, f"{where}.{name}", 0, LONGEST_S * 1e3) / 1e3 for number in numbers)
-
-    return Latencies(p50_s=seconds("p50_ms"), p99_s=seconds("p99_ms"))
-
-
-def _record(value: object, where: str, names: Sequence[str]) -> dict[str, object]:
-    """The value as an object with exactly these fields."""
-    row = _mapping(value, where)
-    prefix = f"{where}." if where else ""
-    for name in names:
-        if name not in row:
-            raise ProfileError(f"{prefix}{name}: missing")
-    for name in row:
-        if name not in names:
-            raise ProfileError(f"{prefix}{name}: unknown field; the fields are {', '.join(names)}")
-    return row
-
-
-def _mapping(value: object, where: str) -> dict[str, object]:
-    if not isinstance(value, dict):
-        raise ProfileError(f"{where + ': ' if where else ''}must be an object, not {value!r:.40}")
-    return value
-
-
-def _array(value: object, where: str) -> list[object]:
-    if not isinstance(value, list):
-        raise ProfileError(f"{where}: must be a list, not {value!r:.40}")
-    return value
-
-
-def _text(value: object, where: str, allowed: Sequence[str] = ()) -> str:
-    if not isinstance(value, str) or not value or (allowed and value not in allowed):
-        raise ProfileError(f"{where}: must be {' or '.join(allowed) or 'some text'}, not {value!r:.40}")
-    return value
-
-
-def _flag(value: object, where: str) -> bool:
-    if not isinstance(value, bool):
-        raise ProfileError(f"{where}: must be true or false, not {value!r:.40}")
-    return value
-
-
-def _number(value: object, where: str, low: float, high: float) -> float:
-    # NaN is in no range, and true is an int to Python.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise ProfileError(f"{where}: must be a number from {low:g} to {high:g}, not {value!r:.40}")
-    return float(value)
-
-
-def _count(value: object, where: str, low: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= LARGEST:
-        raise ProfileError(f"{where}: must be a whole number from {low}, not {value!r:.40}")
-    return value
 
 
 # -------------------------------------------------------------------------------------------------- what policies share
@@ -440,13 +81,13 @@ class Decision:
 
 
 class Policy(Protocol):
-    """Decides what an idle worker does next."""
+    """Decides what an idle worker does next; remembers nothing but what these two methods were told."""
 
     name: str
 
     def arrived(self, now_s: float, slo_s: float) -> None:
-        """A query arrived."""
-        ...
+        """A query arrived; of no interest to most policies."""
+        return
 
     def decide(self, now_s: float, queue: QueueView, lowest: int = 0) -> Decision:
         """What to do now, the queue not being empty, with the table's entries from index ``lowest`` on."""
@@ -476,31 +117,196 @@ def drop_hopeless(now_s: float, queue: QueueView, latency_s: Sequence[float]) ->
     return _rest(now_s, deadlines_s, _hopeless(now_s, deadlines_s, latency_s))
 
 
-# How far to look ahead when the queue cannot be served whole. What is lost later is for later decisions to see.
-SIMULATED_BATCHES = 64
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traffic:
+    """Arrivals of late: queries a second, and the SLOs of the last 64; infinite SLOs before the first."""
+
+    rate: float  # over 400 ms
+    highest_rate: float  # over 100 ms, if that is more
+    shortest_slo_s: float
+    mean_slo_s: float
+    slos_s: Collection[float]
+
+    def overtaking_s(self, slack_s: float) -> float:
+        """For how long, on average over the SLOs, new arrivals are put before a query with this slack."""
+        if slack_s <= self.shortest_slo_s:
+            return 0.0
+        return sum([slack_s - slo_s for slo_s in self.slos_s if slo_s < slack_s]) / len(self.slos_s)
+
+    def bearable_rate(self, latency_s: Sequence[float], workers: int) -> float:
+        """The rate, or a little more than all workers bear at most: what is beyond that is lost in any case."""
+        most = largest_batch(latency_s, self.shortest_slo_s, len(latency_s) - 1)
+        return min(self.rate, 1.1 * workers * most / latency_s[most]) if most else 0.0
 
 
-def drop_early(now_s: float, queue: QueueView, latency_s: Sequence[float], slo_s: float, workers: int) -> Rest:
+class Arrivals:
+    """What a policy remembers of arrivals: how many of late, and their SLOs."""
+
+    def __init__(self) -> None:
+        self._lately, self._just_now = _Window(0.4), _Window(0.1)
+        self._slos_s: deque[float] = deque(maxlen=64)
+
+    def add(self, now_s: float, slo_s: float) -> None:
+        """One more."""
+        self._lately.add(now_s)
+        self._just_now.add(now_s)
+        self._slos_s.append(slo_s)
+
+    def traffic(self, now_s: float) -> Traffic:
+        """What they amount to now."""
+        slos_s, rate = self._slos_s, self._lately.rate(now_s)
+        return Traffic(
+            rate=rate,
+            highest_rate=max(rate, self._just_now.rate(now_s)),
+            shortest_slo_s=min(slos_s, default=inf),
+            mean_slo_s=sum(slos_s) / len(slos_s) if slos_s else inf,
+            slos_s=slos_s,
+        )
+
+
+class _Window:
+    """Instants of the last ``length_s``, or of the time since the first but not much less than that."""
+
+    def __init__(self, length_s: float) -> None:
+        self._length_s = length_s
+        self._instants_s: deque[float] = deque()
+        self._first_s = inf
+
+    def add(self, now_s: float) -> None:
+        self._first_s = min(self._first_s, now_s)
+        self._instants_s.append(now_s)
+
+    def rate(self, now_s: float) -> float:
+        instants_s, oldest_s = self._instants_s, now_s - self._length_s
+        while instants_s and instants_s[0] < oldest_s:
+            instants_s.popleft()
+        return len(instants_s) / max(self._length_s / 8, min(self._length_s, now_s - self._first_s))
+
+
+# ----------------------------------------------------------------------------------------------------------- early drop
+
+# How far a simulation looks into the queue, into the arrivals expected after it, and all simulations of a decision.
+QUEUE_BATCHES, EXPECTED_BATCHES, ALL_BATCHES = 16, 8, 32
+
+
+def drop_early(now_s: float, queue: QueueView, latency_s: Sequence[float], traffic: Traffic, workers: int) -> Rest:
     """Give up at once the queries that cannot all be saved, rather than one by one at their deadlines.
 
     Without this, a queue that is a little too long is served in ever smaller batches, each just in time for its most
-    urgent query and none of them efficient. Nothing is given up while a single batch clears the queue. Else a run of
-    the largest batches that fit is simulated, with the cheapest latencies; as many as it would lose, but no more, are
-    given up, and only until the next in line has slack for a batch of all the others, or for 0.4 of an SLO.
+    urgent query and none of them efficient. Nothing is given up while a single batch clears the queue. Else a sequence
+    of the largest batches that fit is simulated, with the cheapest latencies, over the queue and what arrives in the
+    next SLO if traffic stays as it is. If some queries are lost, so are sequences that first give up queries, until the
+    next has slack for a batch of a certain size; the one that loses the fewest is taken.
     """
     slack_s, count = queue.head_deadline_s - now_s, len(queue)
     if largest_batch(latency_s, slack_s, count) == count:
         return Rest(0, count, slack_s)
     deadlines_s = queue.deadlines_s()
-    first = _hopeless(now_s, deadlines_s, latency_s)
-    lost = _unserved(now_s, deadlines_s, first, latency_s, workers)
+    first = best = _hopeless(now_s, deadlines_s, latency_s)
+    ahead = _Ahead(now_s, deadlines_s, latency_s, traffic, workers)
+    fewest, soonest_s = ahead.losses(first, count)
+    # From the largest on: its simulation is the shortest, and what it finds cuts the others short.
+    for size in _sizes_to_wait_for(latency_s) if fewest else ():
+        if ahead.batches > ALL_BATCHES:
+            break
+        start = ahead.first_with_slack(first, size)
+        if start - first >= fewest:
+            continue
+        lost, cleared_s = ahead.losses(start, fewest - (start - first))
+        if (start - first + lost, cleared_s) < (fewest, soonest_s):
+            best, fewest, soonest_s = start, start - first + lost, cleared_s
+    return _rest(now_s, deadlines_s, best)
 
-    def has_slack(head: int) -> bool:
-        efficient_s = latency_s[min(count - head, len(latency_s) - 1)]
-        return deadlines_s[head] - now_s >= min(efficient_s, 0.4 * slo_s)
 
-    # Further down the queue slack grows and the batch of the others shrinks, so that the first place can be bisected.
-    return _rest(now_s, deadlines_s, first + bisect_left(range(first, first + lost), True, key=has_slack))
+class _Ahead:
+    """What the largest batches that fit would make of the queue, and of the arrivals expected within an SLO."""
+
+    def __init__(
+        self, now_s: float, deadlines_s: Sequence[float], latency_s: Sequence[float], traffic: Traffic, workers: int
+    ) -> None:
+        self._now_s, self._deadlines_s, self._latency_s, self._workers = now_s, deadlines_s, latency_s, workers
+        self._slo_s, self._rate = traffic.mean_slo_s, traffic.bearable_rate(latency_s, workers)
+        self._together = (workers + 1) // 2  # so many batches are simulated as one: looking ahead costs no more then
+        self.batches = 0  # simulated so far
+
+    def first_with_slack(self, first: int, size: int) -> int:
+        """The first query with slack for a batch of this size, or of itself and all behind it."""
+        latency_s, deadlines_s, now_s, count = self._latency_s, self._deadlines_s, self._now_s, len(self._deadlines_s)
+        head = bisect_left(deadlines_s, now_s + latency_s[size], first)
+        if count - head >= size:
+            return head
+
+        def has_slack(head: int) -> bool:
+            return deadlines_s[head] - now_s >= latency_s[min(count - head, size)]
+
+        # Further down the queue slack grows and the batch of the others shrinks, so that the place can be bisected.
+        return bisect_left(range(head), True, max(first, count - size), key=has_slack)
+
+    def losses(self, first: int, most_lost: int) -> tuple[int, float]:
+        """How many are lost if those before ``first`` are given up, and when the others are done; stops at too many.
+
+        What is beyond the batches that are simulated is taken to be lost in the same proportion.
+        """
+        now_s, start, lost, batches, rate = self._now_s, first, 0, QUEUE_BATCHES, self._rate
+        deadlines_s, latency_s, shortest_s = self._deadlines_s, self._latency_s, self._latency_s[1]
+        count, most, workers, together = len(deadlines_s), len(latency_s) - 1, self._workers, self._together
+        # For speed without helpers: these two loops are most of the time that a decision takes in overload.
+        while first < count and batches and lost <= most_lost:
+            slack_s = deadlines_s[first] - now_s
+            if slack_s < shortest_s:
+                alive = bisect_left(deadlines_s, now_s + shortest_s, first + 1)
+                lost += alive - first
+                first = alive
+                continue
+            there = count - first + int(rate * (now_s - self._now_s))
+            batch_size = bisect_right(latency_s, slack_s, 2, (there if there < most else most) + 1) - 1
+            batches_now = together if batch_size * together <= there else ceil(there / batch_size)
+            now_s += latency_s[batch_size] * batches_now / workers
+            first += batch_size * batches_now if batch_size * batches_now < there else there
+            batches -= 1
+        self.batches += QUEUE_BATCHES - batches
+        if first < count:
+            lost += round((count - first) * lost / (first - start))
+        if not rate or lost > most_lost:
+            return lost, now_s
+        more, after_s = self._losses_of_expected(now_s - self._now_s, max(0, first - count))
+        return lost + more, now_s + after_s
+
+    def _losses_of_expected(self, busy_s: float, taken: int) -> tuple[int, float]:
+        """The same for the arrivals after that, until the device keeps up."""
+        latency_s, rate, slo_s, start_s = self._latency_s, self._rate, self._slo_s, busy_s
+        lost, batches, expected = 0, EXPECTED_BATCHES, int(rate * slo_s)
+        most, shortest_s, enough_s = len(latency_s) - 1, latency_s[1], 0.6 * slo_s
+        workers, together = self._workers, self._together
+        while taken < expected:
+            arrival_s = (taken + 1) / rate
+            if arrival_s > busy_s:
+                busy_s = arrival_s
+            slack_s = arrival_s + slo_s - busy_s
+            if slack_s >= enough_s:
+                break
+            if not batches:
+                lost += round((expected - taken) * lost / taken)
+                break
+            if slack_s < shortest_s:
+                alive = min(expected, max(taken + 1, ceil((busy_s + shortest_s - slo_s) * rate - 1)))
+                lost += alive - taken
+                taken = alive
+                continue
+            there = int(rate * busy_s) - taken or 1
+            batch_size = bisect_right(latency_s, slack_s, 2, (there if there < most else most) + 1) - 1
+            batches_now = together if batch_size * together <= there else ceil(there / batch_size)
+            busy_s += latency_s[batch_size] * batches_now / workers
+            taken += batch_size * batches_now if batch_size * batches_now < there else there
+            batches -= 1
+        self.batches += EXPECTED_BATCHES - batches
+        return lost, busy_s - start_s
+
+
+def _sizes_to_wait_for(latency_s: Sequence[float]) -> list[int]:
+    """Batch sizes that may be worth giving queries up for: sixteen up to the largest, evenly spaced, descending."""
+    most = len(latency_s) - 1
+    return sorted({max(1, most * part // 16) for part in range(1, 17)}, reverse=True)
 
 
 def _rest(now_s: float, deadlines_s: Sequence[float], given_up: int) -> Rest:
@@ -513,72 +319,21 @@ def _hopeless(now_s: float, deadlines_s: Sequence[float], latency_s: Sequence[fl
     return bisect_left(deadlines_s, latency_s[1], key=lambda deadline_s: deadline_s - now_s)
 
 
-def _unserved(now_s: float, deadlines_s: Sequence[float], first: int, latency_s: Sequence[float], workers: int) -> int:
-    """How many of the queries from ``first`` on are lost in the largest batches that fit, one after another."""
-    lost, count, most, shortest_s = 0, len(deadlines_s), len(latency_s) - 1, latency_s[1]
-    for _ in range(SIMULATED_BATCHES):
-        if first < count and deadlines_s[first] - now_s < shortest_s:
-            alive = bisect_left(deadlines_s, now_s + shortest_s, first + 1)
-            lost += alive - first
-            first = alive
-        if first == count:
-            break
-        # largest_batch, but for speed: this loop is most of the time that a decision takes in overload.
-        batch_size = bisect_right(latency_s, deadlines_s[first] - now_s, 2, min(count - first, most) + 1) - 1
-        now_s += latency_s[batch_size] / workers
-        first += batch_size
-    return lost
-
-
-# --------------------------------------------------------------------------------------------------------- the policies
-
-
-class HalfSLO:
-    """The default: the most accurate subnet that clears the whole queue within half of an SLO, and early drop.
-
-    With batches of length T back to back, a query waits up to T and is then served in T, so that T may be half of the
-    SLO; batches are the more efficient the longer they are. With N workers the wait is T/N, and the share N/(N+1).
-    """
-
-    def __init__(self, table: ProfileTable, workers: int = 1) -> None:
-        self.name = "halfslo"
-        self._table = table
-        self._workers = workers
-        self._share = min(0.85, workers / (workers + 1))
-        self._slos_s: deque[float] = deque(maxlen=64)
-
-    def arrived(self, now_s: float, slo_s: float) -> None:
-        """Remember the SLO: the shortest recent one caps the length of a batch."""
-        self._slos_s.append(slo_s)
-
-    def decide(self, now_s: float, queue: QueueView, lowest: int = 0) -> Decision:
-        """Clear the queue as accurately as the cap allows, else run as much as fits with the cheapest entry."""
-        entries = self._table.entries
-        cheapest = entries[lowest]
-        slo_s = min(self._slos_s, default=inf)
-        rest = drop_early(now_s, queue, cheapest.latency_s, slo_s, self._workers)
-        if not rest.count:
-            return Decision(rest.given_up, None, 0)
-        batch_size = min(rest.count, self._table.max_batch)
-        limit_s = min(rest.slack_s, self._share * slo_s)
-        for index in range(len(entries) - 1, lowest - 1, -1):
-            if entries[index].latency_s[batch_size] <= limit_s:
-                return Decision(rest.given_up, entries[index], batch_size)
-        return Decision(rest.given_up, cheapest, largest_batch(cheapest.latency_s, rest.slack_s, batch_size))
+# ----------------------------------------------------------------------------------------------- the policies of others
 
 
 DEFAULT_BUCKETS = 16
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class _Answers:
     """SlackFit's answers: ``best[i][j]`` if choice i is the slowest that fits and j batch sizes are below the queue."""
 
     latencies_s: tuple[float, ...]  # of the choices, ascending
     best: tuple[tuple[tuple[Entry, int], ...], ...]
 
 
-class SlackFit:
+class SlackFit(Policy):
     """The paper's policy (SuperServe, arXiv 2312.16733): less slack, a faster choice; a longer queue, a larger batch.
 
     All choices (entry, profiled batch size) are put into buckets evenly spaced by latency. The slack of the most urgent
@@ -597,9 +352,6 @@ class SlackFit:
         self._width_s = (max(entry.latency_s[-1] for entry in table.entries) - self._least_s) / buckets
         self._plans = {0: self._plan(0)}
 
-    def arrived(self, now_s: float, slo_s: float) -> None:
-        """Of no interest to this policy."""
-
     def decide(self, now_s: float, queue: QueueView, lowest: int = 0) -> Decision:
         """Two look-ups by bisection; the first decision at an accuracy floor also tables its answers."""
         rest = drop_hopeless(now_s, queue, self._table.entries[lowest].latency_s)
@@ -612,7 +364,7 @@ class SlackFit:
         entry, batch_size = plan.best[slowest][bisect_left(self._table.batch_sizes, rest.count)]
         return Decision(rest.given_up, entry, min(batch_size, rest.count))
 
-    def _plan(self, lowest: int) -> _Plan:
+    def _plan(self, lowest: int) -> _Answers:
         sizes = self._table.batch_sizes
         pairs = [(entry, size) for entry in self._table.entries[lowest:] for size in sizes]
         pairs.sort(key=lambda pair: pair[0].latency_s[pair[1]])
@@ -625,7 +377,7 @@ class SlackFit:
             previous, bucket = bucket, self._bucket(latency_s)
             rivals = rows[-1] if bucket == previous else (pair,) * len(fillable)
             rows.append(tuple(_better(rival, pair, queued) for rival, queued in zip(rivals, fillable, strict=True)))
-        return _Plan(latencies_s, tuple(rows))
+        return _Answers(latencies_s, tuple(rows))
 
     def _bucket(self, latency_s: float) -> int:
         if not self._width_s:
@@ -640,16 +392,13 @@ def _better(one: tuple[Entry, int], other: tuple[Entry, int], queued: int) -> tu
     return max(one, other, key=merit)
 
 
-class FixedSubnet:
+class FixedSubnet(Policy):
     """A server of one model, as Clipper is: the largest batch that fits the slack of the most urgent query."""
 
     def __init__(self, table: ProfileTable, entry: Entry) -> None:
         self.name = f"fixed:{entry.name}"
         self._entry = entry
         self._index = table.entries.index(entry)
-
-    def arrived(self, now_s: float, slo_s: float) -> None:
-        """Of no interest to this policy."""
 
     def decide(self, now_s: float, queue: QueueView, lowest: int = 0) -> Decision:
         """The one entry, in the largest batch that fits; a query with a floor above it cannot be served."""
@@ -661,9 +410,303 @@ class FixedSubnet:
         return Decision(rest.given_up, self._entry, largest_batch(self._entry.latency_s, rest.slack_s, rest.count))
 
 
-POLICIES: Mapping[str, str] = {
-    "halfslo": "the most accurate subnet that clears the queue within half of an SLO, and early drop (the default)",
-    "slackfit": f"the paper's SlackFit, with {DEFAULT_BUCKETS} latency buckets",
+class MaxAccuracy(Policy):
+    """A greedy rival from the SuperServe paper: accuracy first, then as large a batch as that leaves slack for."""
+
+    def __init__(self, table: ProfileTable) -> None:
+        self.name = "maxaccuracy"
+        self._entries = table.entries
+
+    def decide(self, now_s: float, queue: QueueView, lowest: int = 0) -> Decision:
+        """The most accurate entry that can serve the most urgent query in time, in the largest batch that fits."""
+        rest = drop_hopeless(now_s, queue, self._entries[lowest].latency_s)
+        if not rest.count:
+            return Decision(rest.given_up, None, 0)
+        entry = _most_accurate(self._entries[lowest:], 1, rest.slack_s)
+        return Decision(rest.given_up, entry, largest_batch(entry.latency_s, rest.slack_s, rest.count))
+
+
+class MaxBatch(Policy):
+    """The other greedy rival from the SuperServe paper: as many queries as possible, then accuracy."""
+
+    def __init__(self, table: ProfileTable) -> None:
+        self.name = "maxbatch"
+        self._entries = table.entries
+
+    def decide(self, now_s: float, queue: QueueView, lowest: int = 0) -> Decision:
+        """The largest batch that the cheapest entry does within the slack, on the most accurate that does so too."""
+        cheapest = self._entries[lowest]
+        rest = drop_hopeless(now_s, queue, cheapest.latency_s)
+        if not rest.count:
+            return Decision(rest.given_up, None, 0)
+        batch_size = largest_batch(cheapest.latency_s, rest.slack_s, rest.count)
+        return Decision(rest.given_up, _most_accurate(self._entries[lowest:], batch_size, rest.slack_s), batch_size)
+
+
+class CheapestFirst(Policy):
+    """The cheapest model that meets the client's accuracy, as INFaaS picks it (Romero et al., USENIX ATC 2021)."""
+
+    def __init__(self, table: ProfileTable) -> None:
+        self.name = "cheapest"
+        self._entries = table.entries
+
+    def decide(self, now_s: float, queue: QueueView, lowest: int = 0) -> Decision:
+        """The cheapest entry that may be used, in the largest batch that fits."""
+        cheapest = self._entries[lowest]
+        rest = drop_hopeless(now_s, queue, cheapest.latency_s)
+        if not rest.count:
+            return Decision(rest.given_up, None, 0)
+        return Decision(rest.given_up, cheapest, largest_batch(cheapest.latency_s, rest.slack_s, rest.count))
+
+
+def _most_accurate(entries: Sequence[Entry], batch_size: int, limit_s: float) -> Entry:
+    """The most accurate that does such a batch within the limit; the first of them always does."""
+    return next((entry for entry in reversed(entries) if entry.latency_s[batch_size] <= limit_s), entries[0])
+
+
+# -------------------------------------------------------------------------------------------------------------- our own
+
+
+class HalfSLO:
+    """The most accurate subnet that clears the whole queue within half of an SLO, and early drop.
+
+    With batches of length T back to back, a query waits up to T and is then served in T, so that T may be half of the
+    SLO; batches are the more efficient the longer they are. With N workers the wait is T/N, and the share N/(N+1).
+    """
+
+    def __init__(self, table: ProfileTable, workers: int = 1) -> None:
+        self.name = "halfslo"
+        self._table = table
+        self._workers = workers
+        self._share = _share_of_slo(workers)
+        self._arrivals = Arrivals()
+
+    def arrived(self, now_s: float, slo_s: float) -> None:
+        """Remember the SLO: the shortest recent one caps the length of a batch."""
+        self._arrivals.add(now_s, slo_s)
+
+    def decide(self, now_s: float, queue: QueueView, lowest: int = 0) -> Decision:
+        """Clear the queue as accurately as the cap allows, else run as much as fits with the cheapest entry."""
+        entries, traffic = self._table.entries[lowest:], self._arrivals.traffic(now_s)
+        cheapest = entries[0]
+        rest = drop_early(now_s, queue, cheapest.latency_s, traffic, self._workers)
+        if not rest.count:
+            return Decision(rest.given_up, None, 0)
+        batch_size = largest_batch(cheapest.latency_s, rest.slack_s, rest.count)
+        if batch_size < min(rest.count, self._table.max_batch):
+            return Decision(rest.given_up, cheapest, batch_size)
+        limit_s = min(rest.slack_s, self._share * traffic.shortest_slo_s)
+        return Decision(rest.given_up, _most_accurate(entries, batch_size, limit_s), batch_size)
+
+
+def _share_of_slo(workers: int) -> float:
+    return min(0.85, workers / (workers + 1))
+
+
+PLANNED_BATCHES = 16  # a queue that needs more is in overload
+EXPECTED = 1.05  # the ceiling allows for so many times the recent arrivals
+HEDGE = 4.0  # how much more than the queries that it displaces the next overload costs
+OVERLOADS_KEPT_S = 4.0
+
+
+class PaceFit:
+    """Our own: HalfSLO with a ceiling by arrival rate, a plan for the whole queue and a hedge against bursts.
+
+    1. Ceiling: no entry slower than those that would serve the recent arrivals in batches of half an SLO, back to back.
+       What is spent above that is paid for by the next batch.
+    2. Hull: at each batch size only entries on the concave hull of accuracy over latency. Two of its neighbours in turn
+       are more accurate than any entry below it, in the same time.
+    3. Plan: an entry is accepted if batches of it clear the whole queue, with room for those who arrive meanwhile.
+    4. Hedge: of the accepted entries the most accurate is taken; for some time after an overload, long batches are
+       charged with what they would cost if the next one began meanwhile.
+
+    If none is accepted, the cheapest entry runs as much as fits. Early drop comes before all this.
+    """
+
+    def __init__(self, table: ProfileTable, workers: int = 1) -> None:
+        self.name = "pacefit"
+        self._table = table
+        self._workers = workers
+        self._share = _share_of_slo(workers)
+        self._arrivals = Arrivals()
+        self._overloads = _Overloads()
+        self._hulls = {0: _hulls(table.entries)}
+
+    def arrived(self, now_s: float, slo_s: float) -> None:
+        """Remember when, for the rate, and the SLO."""
+        self._arrivals.add(now_s, slo_s)
+
+    def decide(self, now_s: float, queue: QueueView, lowest: int = 0) -> Decision:
+        """Early drop, then the best entry for what is left; the first at an accuracy floor also tables its hulls."""
+        cheapest, traffic, queue = self._table.entries[lowest], self._arrivals.traffic(now_s), _Once(queue)
+        if lowest not in self._hulls:
+            self._hulls[lowest] = _hulls(self._table.entries[lowest:])
+        rest = drop_early(now_s, queue, cheapest.latency_s, traffic, self._workers)
+        if rest.given_up:
+            self._overloads.add(now_s, traffic.shortest_slo_s)
+        if not rest.count:
+            return Decision(rest.given_up, None, 0)
+        plan = _Plan(
+            now_s=now_s, queue=queue, rest=rest, traffic=traffic, workers=self._workers,
+            cap_s=self._share * traffic.shortest_slo_s, reserve=self._reserve(traffic, cheapest),
+        )  # fmt: skip
+        entry, batch_size = self._best(plan, self._hulls[lowest])
+        return Decision(rest.given_up, entry, batch_size)
+
+    def _best(self, plan: _Plan, hulls: Sequence[Sequence[Entry]]) -> tuple[Entry, int]:
+        """Of the entries on the hull and below the ceiling that clear the queue, the one worth most."""
+        hull, ceiling = hulls[min(plan.rest.count, len(hulls) - 1)], self._ceiling(plan.traffic, hulls)
+        cheapest = hull[0]
+        charge = self._charge(plan.now_s, plan.traffic, cheapest)
+        best, most = (cheapest, largest_batch(cheapest.latency_s, plan.rest.slack_s, plan.rest.count)), -inf
+        for entry in reversed(hull):
+            limit_s = plan.rest.slack_s if entry is cheapest else min(plan.rest.slack_s, plan.cap_s)
+            batch_size = largest_batch(entry.latency_s, limit_s, plan.rest.count)
+            if not batch_size or entry.accuracy > ceiling.accuracy:
+                continue
+            busy_s = plan.busy_s(entry.latency_s, batch_size)
+            worth = plan.rest.count * entry.accuracy - charge * busy_s**2 if busy_s < inf else -inf
+            if worth > most:
+                best, most = (entry, batch_size), worth
+                if not charge:
+                    break
+        return best
+
+    def _ceiling(self, traffic: Traffic, hulls: Sequence[Sequence[Entry]]) -> Entry:
+        """The first entry on the hull too slow for the recent arrivals: it and the one below make the average."""
+        half_s = traffic.shortest_slo_s / 2
+        arriving = EXPECTED * traffic.rate * half_s / self._workers if traffic.rate else 0.0
+        batch_size = min(max(1, round(arriving)), len(hulls) - 1)
+        hull = hulls[batch_size]
+        return next((entry for entry in hull if entry.latency_s[batch_size] > half_s), hull[-1])
+
+    def _reserve(self, traffic: Traffic, cheapest: Entry) -> float:
+        """The share of a plan's time to be kept free for those who arrive meanwhile: about the load, 1 being all."""
+        each_s = cheapest.latency_s[-1] / self._table.max_batch / self._workers
+        return min(2.0, traffic.highest_rate * each_s)
+
+    def _charge(self, now_s: float, traffic: Traffic, cheapest: Entry) -> float:
+        """What a second of delay, squared, costs: it meets the start of an overload and holds up its queries."""
+        overloads = self._overloads.rate(now_s)
+        fits = largest_batch(cheapest.latency_s, traffic.shortest_slo_s, self._table.max_batch) if overloads else 0
+        return HEDGE / 2 * overloads * cheapest.accuracy * fits / cheapest.latency_s[fits] if fits else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """What PaceFit knows when it decides, and whether batches of one entry would do."""
+
+    now_s: float
+    queue: QueueView
+    rest: Rest
+    cap_s: float  # on the length of a batch
+    workers: int
+    traffic: Traffic
+    reserve: float
+
+    def busy_s(self, latency_s: Sequence[float], batch_size: int) -> float:
+        """How long batches at these latencies, the first of this size, take to clear the queue; infinite if late."""
+        if batch_size >= self.rest.count:
+            return latency_s[batch_size]
+        deadlines_s, given_up, count = self.queue.deadlines_s(), self.rest.given_up, self.rest.count
+        busy_s, planned = latency_s[batch_size] / self.workers, batch_size
+        overtakers = self.traffic.rate * busy_s / batch_size  # time that they take, by time to arrive
+        for _ in range(PLANNED_BATCHES):
+            if planned == count:
+                return busy_s
+            slack_s = deadlines_s[given_up + planned] - self.now_s
+            batch_size = largest_batch(latency_s, self.cap_s, count - planned)
+            done_s = (busy_s + latency_s[batch_size]) + overtakers * self.traffic.overtaking_s(slack_s)
+            if not batch_size or done_s * (1 + self.reserve) > slack_s:
+                return inf
+            busy_s += latency_s[batch_size] / self.workers
+            planned += batch_size
+        return inf
+
+
+class _Once:
+    """A queue that is asked for its deadlines once at most."""
+
+    def __init__(self, queue: QueueView) -> None:
+        self._queue = queue
+        self._deadlines_s: Sequence[float] | None = None
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    @property
+    def head_deadline_s(self) -> float:
+        return self._queue.head_deadline_s
+
+    def deadlines_s(self) -> Sequence[float]:
+        if self._deadlines_s is None:
+            self._deadlines_s = self._queue.deadlines_s()
+        return self._deadlines_s
+
+
+class _Overloads:
+    """When overloads began of late: times at which queries were given up, after an SLO without."""
+
+    def __init__(self) -> None:
+        self._began_s: deque[float] = deque()
+        self._last_s = -inf
+
+    def add(self, now_s: float, slo_s: float) -> None:
+        if now_s - self._last_s > slo_s:
+            self._began_s.append(now_s)
+        self._last_s = now_s
+
+    def rate(self, now_s: float) -> float:
+        while self._began_s and self._began_s[0] < now_s - OVERLOADS_KEPT_S:
+            self._began_s.popleft()
+        return len(self._began_s) / OVERLOADS_KEPT_S
+
+
+def _hulls(entries: Sequence[Entry]) -> tuple[tuple[Entry, ...], ...]:
+    """By batch size, the entries on the upper concave hull of accuracy over latency, ascending; at 0 as at 1."""
+    return tuple(_hull(entries, max(1, size)) for size in range(len(entries[0].latency_s)))
+
+
+def _hull(entries: Sequence[Entry], size: int) -> tuple[Entry, ...]:
+    def below(middle: Entry, left: Entry, right: Entry) -> bool:
+        start_s, step_s, whole_s = (entry.latency_s[size] for entry in (left, middle, right))
+        gained, most = middle.accuracy - left.accuracy, right.accuracy - left.accuracy
+        return gained * (whole_s - start_s) <= most * (step_s - start_s)
+
+    kept: list[Entry] = []
+    for entry in sorted(entries, key=lambda entry: (entry.latency_s[size], -entry.accuracy)):
+        if kept and entry.accuracy <= kept[-1].accuracy:
+            continue
+        while len(kept) > 1 and below(kept[-1], kept[-2], entry):
+            kept.pop()
+        kept.append(entry)
+    return tuple(kept)
+
+
+# ---------------------------------------------------------------------------------------------------------------- names
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """How a policy is described, and made for so many workers."""
+
+    text: str
+    make: Callable[[ProfileTable, int], Policy]
+
+
+_KINDS: Mapping[str, _Kind] = {
+    "pacefit": _Kind("accuracy by arrival rate and a plan for the whole queue, with early drop", PaceFit),
+    "halfslo": _Kind("the most accurate subnet that clears the queue within half of an SLO, with early drop", HalfSLO),
+    "slackfit": _Kind(
+        f"the paper's SlackFit, with {DEFAULT_BUCKETS} latency buckets", lambda table, _: SlackFit(table)
+    ),
+    "maxaccuracy": _Kind(
+        "the most accurate subnet in time, then the largest batch", lambda table, _: MaxAccuracy(table)
+    ),
+    "maxbatch": _Kind("the largest batch in time, then the most accurate subnet", lambda table, _: MaxBatch(table)),
+    "cheapest": _Kind("the least accurate subnet that is allowed", lambda table, _: CheapestFirst(table)),
+}
+POLICIES: Mapping[str, str] = {name: kind.text for name, kind in _KINDS.items()} | {
     "slackfit:K": "the paper's SlackFit, with K latency buckets",
     "fixed:SUBNET": "one subnet for everything, by name, or 'largest' or 'smallest'",
 }
@@ -672,10 +715,8 @@ POLICIES: Mapping[str, str] = {
 def make_policy(spec: str, table: ProfileTable, workers: int = 1) -> Policy:
     """The policy of a name in POLICIES; raises PolicyError, listing them, for any other."""
     name, colon, argument = spec.partition(":")
-    if spec == "halfslo":
-        return HalfSLO(table, workers)
-    if spec == "slackfit":
-        return SlackFit(table)
+    if spec in _KINDS:
+        return _KINDS[spec].make(table, workers)
     if name == "slackfit" and re.fullmatch("[1-9][0-9]{0,5}", argument):
         return SlackFit(table, int(argument))
     if name == "fixed" and colon:

@@ -51,12 +51,12 @@ class Subnet:
     def name(self) -> str:
         """Canonical name, such as ``d2-2-1-e0.5`` (one ratio for all stages) or ``d2-2-1-e0.5-1-0.25``."""
         ratios = self.expands[:1] if len(set(self.expands)) == 1 else self.expands
-        return f"d{'-'.join(map(str, self.depths))}-e{'-'.join(f'{ratio:g}' for ratio in ratios)}"
+        return f"d{'-'.join(map(str, self.depths))}-e{'-'.join(map(_ratio_text, ratios))}"
 
     @classmethod
     def parse(cls, name: str) -> Subnet:
         """The subnet of a canonical name; raises IllegalSubnetError for any other text."""
-        match = re.fullmatch(r"d(\d+(?:-\d+)*)-e(\d+(?:\.\d+)?(?:-\d+(?:\.\d+)?)*)", name)
+        match = re.fullmatch(r"d(\d{1,9}(?:-\d{1,9})*)-e(\d+(?:\.\d+)?(?:-\d+(?:\.\d+)?)*)", name)
         if match is None:
             raise IllegalSubnetError(f"'{name}' is no subnet name: expected the form d2-2-1-e0.5 or d2-2-1-e0.5-1-0.25")
         depths = tuple(int(part) for part in match[1].split("-"))
@@ -65,6 +65,11 @@ class Subnet:
         if subnet.name != name:
             raise IllegalSubnetError(f"'{name}' is not written canonically: expected '{subnet.name}'")
         return subnet
+
+
+def _ratio_text(ratio: float) -> str:
+    short = f"{ratio:g}"
+    return short if float(short) == ratio else repr(ratio)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +84,10 @@ class SubnetSpace:
             raise SupernetError(f"{len(self.depths)} stages with depths but {len(self.expands)} with expand ratios")
         for stage, choices in enumerate(zip(self.depths, self.expands, strict=True)):
             for what, values in zip(("depths", "expand ratios"), choices, strict=True):
-                if not values or list(values) != sorted(set(values)) or values[0] <= 0:
-                    raise SupernetError(f"stage {stage}: {what} must be positive and ascending, not {list(values)}")
+                legal = _is_depth if what == "depths" else _is_ratio
+                if not values or not all(map(legal, values)) or list(values) != sorted(set(values)):
+                    rule = "whole numbers from 1" if what == "depths" else "fractions above 0, up to 1"
+                    raise SupernetError(f"stage {stage}: {what} must be ascending {rule}, not {list(values)}")
 
     def __len__(self) -> int:
         size = 1
@@ -135,6 +142,14 @@ class SubnetSpace:
                 )
 
 
+def _is_depth(value: object) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _is_ratio(value: object) -> bool:
+    return type(value) in (int, float) and 1e-4 <= cast(float, value) <= 1  # names hold nothing smaller
+
+
 # ----------------------------------------------------------------------------------------------------------- operators
 
 # What each operator is to do, by slot, for the batch that this thread (or task) is computing.
@@ -152,27 +167,29 @@ class NormSettings(NamedTuple):
 
 
 class StatisticsRecorder:
-    """Averages the batch statistics that one SubnetNorm sees, for calibration."""
+    """Mean and variance per channel of all that one SubnetNorm sees, for calibration."""
 
     def __init__(self) -> None:
-        self._mean: Tensor | None = None
+        self._count = 0
+        self._sum: Tensor | None = None
         self._square: Tensor | None = None
-        self._batches = 0
 
     def observe(self, x: Tensor) -> None:
-        """Add one batch, shape (N, C, …); statistics are per channel."""
-        axes = [axis for axis in range(x.dim()) if axis != 1]
-        mean, square = x.mean(axes), x.square().mean(axes)
-        self._mean = mean if self._mean is None else self._mean + mean
+        """Add one batch, shape (N, C, …); batches count by their size."""
+        axes, count = [axis for axis in range(x.dim()) if axis != 1], x.numel() // x.shape[1]
+        # Double precision: the variance is a difference of numbers that may be nearly equal.
+        var, mean = (each.double() for each in torch.var_mean(x, axes, correction=0))
+        total, square = count * mean, count * (var + mean.square())
+        self._sum = total if self._sum is None else self._sum + total
         self._square = square if self._square is None else self._square + square
-        self._batches += 1
+        self._count += count
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and (biased) variance over everything observed; an error if nothing was."""
-        if self._mean is None or self._square is None:
+        if self._sum is None or self._square is None:
             raise SupernetError("calibration passed no data through a norm of the subnet")
-        mean = self._mean / self._batches
-        return mean, (self._square / self._batches - mean.square()).clamp_min(0)
+        mean = self._sum / self._count
+        return mean, (self._square / self._count - mean.square()).clamp_min(0)
 
 
 class LayerSelect(nn.Sequential):
@@ -202,8 +219,6 @@ class WeightSlice(nn.Module):
         object.__setattr__(self, "inputs", inputs)  # not a child module
         self._convolution: dict[str, Any] | None = None
         if isinstance(layer, nn.Conv2d):
-            if layer.groups != 1 or layer.padding_mode != "zeros":
-                raise SupernetError(f"cannot slice {layer}: grouped or non-zero-padded convolutions are not elastic")
             self._convolution = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
         self._views: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
 
@@ -372,7 +387,7 @@ class _Insertion:
 
     def _stage(self, index: int, name: str) -> None:
         stage = _submodule(self.network, name)
-        if not isinstance(stage, nn.Sequential):
+        if not isinstance(stage, nn.Sequential) or isinstance(stage, LayerSelect):
             raise SupernetError(f"stage '{name}' is a {type(stage).__name__}; it must be an nn.Sequential of blocks")
         if self.space.depths[index][-1] > len(stage):
             raise SupernetError(
@@ -380,16 +395,26 @@ class _Insertion:
             )
         for number, block in enumerate(stage):
             self._block(block, index, f"{name}.{number}")
+        elastic = any(layer.elastic_outputs for layer in self.slices if layer.stage == index)
+        if not elastic and self.space.expands[index] != (1,):
+            ratios = list(self.space.expands[index])
+            raise SupernetError(f"stage '{name}': expand ratios {ratios}, but no convolution that can be narrowed")
         select = LayerSelect(stage, self._slot(), index)
         self.selects.append(select)
         self._replace(self.network, name, select)
 
     def _block(self, block: nn.Module, stage: int, where: str) -> None:
+        if any(isinstance(module, WeightSlice | SubnetNorm) for module in block.modules()):
+            raise SupernetError(f"block '{where}' shares layers with another one")
         graph = _trace(block, where)
         inserted: dict[fx.Node, WeightSlice] = {}
         for node in graph.nodes:
             module = block.get_submodule(str(node.target)) if node.op == "call_module" else None
             if isinstance(module, nn.Conv2d):
+                if module.groups != 1 or module.padding_mode != "zeros":
+                    raise SupernetError(
+                        f"{where}.{node.target}: grouped and non-zero-padded convolutions are not elastic"
+                    )
                 source = _convolution_before(node, inserted)
                 inputs = inserted[source] if source is not None and inserted[source].elastic_outputs else None
                 replaced = WeightSlice(module, self._slot(), stage, inputs)
@@ -401,14 +426,14 @@ class _Insertion:
             elif isinstance(module, nn.BatchNorm2d):
                 source = _convolution_before(node, inserted)
                 self._replace(block, str(node.target), self._norm(module, inserted[source] if source else None))
+            elif isinstance(module, WeightSlice | SubnetNorm):
+                raise SupernetError(f"{where}.{node.target} is used more than once")
 
     def _check_ratios(self, layer: WeightSlice, stage: int, where: str) -> None:
         full = layer.weight.shape[0]
         for ratio in self.space.expands[stage] if layer.elastic_outputs else ():
-            if ratio > 1 or abs(full * ratio - round(full * ratio)) > 1e-6:
-                raise SupernetError(
-                    f"{where}: expand ratio {ratio:g} of {full} channels is not a whole number up to {full}"
-                )
+            if round(full * ratio) < 1 or abs(full * ratio - round(full * ratio)) > 1e-6:
+                raise SupernetError(f"{where}: expand ratio {ratio:g} of {full} channels is not a whole number")
 
     def _norm(self, norm: nn.BatchNorm2d, source: WeightSlice | None) -> SubnetNorm:
         replaced = SubnetNorm(norm, self._slot(), source)
@@ -432,7 +457,7 @@ def _submodule(network: nn.Module, name: str) -> nn.Module:
 def _trace(block: nn.Module, where: str) -> fx.Graph:
     try:
         return fx.Tracer().trace(block)
-    except (fx.proxy.TraceError, TypeError, ValueError) as error:
+    except (fx.proxy.TraceError, RuntimeError, TypeError, ValueError) as error:
         raise SupernetError(f"block '{where}' has control flow that depends on data: {error}") from error
 
 
@@ -446,13 +471,23 @@ def _convolution_before(node: fx.Node, inserted: Mapping[fx.Node, WeightSlice]) 
     return source
 
 
+# Operations that treat every channel alike and alone; named as modules, functions and methods, without underscores.
+_CHANNELWISE = {
+    "batchnorm2d", "relu", "relu6", "leakyrelu", "elu", "silu", "gelu", "mish", "hardswish", "hardtanh", "hardsigmoid",
+    "sigmoid", "tanh", "identity", "dropout", "dropout2d", "maxpool2d", "avgpool2d", "adaptiveavgpool2d", "contiguous",
+}  # fmt: skip
+
+
 def _is_inner(node: fx.Node, block: nn.Module) -> bool:
-    """Whether all that reads this convolution's output, through one-input operations, is another convolution."""
+    """Whether all that reads this convolution's output, through channelwise operations, is another convolution."""
     for user in node.users:
         if user.op == "output" or len(user.all_input_nodes) > 1:
             return False
         module = block.get_submodule(str(user.target)) if user.op == "call_module" else None
-        if not isinstance(module, nn.Conv2d | WeightSlice) and not _is_inner(user, block):
+        if isinstance(module, nn.Conv2d):
+            continue
+        name = type(module).__name__ if module else getattr(user.target, "__name__", str(user.target))
+        if name.lower().replace("_", "") not in _CHANNELWISE or not _is_inner(user, block):
             return False
     return True
 
@@ -487,6 +522,11 @@ class Supernet:
         self.operators = insert_operators(network, stages, space)
         self.statistics: dict[Subnet, Tensor] = {}
         self._actuated: dict[Subnet, ActuatedSubnet] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where weights and statistics are."""
+        return next(self.network.parameters()).device
 
     def to(self, device: torch.device) -> None:
         """Move weights and statistics to a device; forgets what was actuated before."""
@@ -542,6 +582,8 @@ class Supernet:
             raise SupernetError(f"statistics of {subnet.name} have shape {tuple(flat.shape)}, expected ({expected},)")
         if not bool(torch.isfinite(flat).all()):
             raise SupernetError(f"statistics of {subnet.name} contain values that are not finite")
+        if bool((flat[expected // 2 :] < 0).any()):
+            raise SupernetError(f"statistics of {subnet.name} contain negative variances")
         self.statistics[subnet] = flat.to(self.operators.subnet_norms[0].running_mean)
         self._actuated.pop(subnet, None)
 
@@ -550,7 +592,14 @@ class Supernet:
         """The subnet as a plain standalone network with its own weights and none of the operators."""
         self.space.check(subnet)
         norms = self._norm_settings(subnet)
-        return _extract(self.network, subnet, norms).eval()
+        plain: dict[int, Any] = {id(layer): layer.standalone(subnet) for layer in self.operators.weight_slices}
+        for norm in self.operators.subnet_norms:
+            if norm.slot in norms:
+                plain[id(norm)] = norm.standalone(subnet, norms[norm.slot])
+        for select, depth in zip(self.operators.layer_selects, subnet.depths, strict=True):
+            blocks = list(select.named_children())[:depth]
+            plain[id(select)] = copy.deepcopy(nn.Sequential(OrderedDict(blocks)), plain)
+        return copy.deepcopy(self.network, plain).eval()  # the copy finds what stands for each operator there
 
     def _norms_in(self, subnet: Subnet) -> list[SubnetNorm]:
         skipped: set[int] = set()
@@ -589,27 +638,6 @@ class Supernet:
         return tuple(settings)
 
 
-def _extract(module: nn.Module, subnet: Subnet, norms: Mapping[int, NormSettings]) -> nn.Module:
-    if isinstance(module, WeightSlice):
-        return module.standalone(subnet)
-    if isinstance(module, SubnetNorm):
-        return module.standalone(subnet, norms[module.slot])
-    children = list(module.named_children())
-    if isinstance(module, LayerSelect):
-        children = children[: subnet.depths[module.stage]]
-        plain: nn.Module = nn.Sequential()
-    elif not children:
-        return copy.deepcopy(module)
-    else:
-        plain = copy.copy(module)
-        plain._modules = {}
-        plain._parameters = {name: copy.deepcopy(value) for name, value in module._parameters.items()}
-        plain._buffers = {name: copy.deepcopy(value) for name, value in module._buffers.items()}
-    for name, child in children:
-        plain.add_module(name, _extract(child, subnet, norms))
-    return plain
-
-
 # ------------------------------------------------------------------------------------------------------------ counting
 
 
@@ -629,7 +657,7 @@ def count_macs(network: nn.Module, input_shape: Sequence[int]) -> int:
 
     layers = [module for module in network.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     hooks = [module.register_forward_hook(add) for module in layers]
-    network(torch.zeros(1, *input_shape))
+    network(torch.zeros(1, *input_shape, device=next(network.parameters()).device))
     for hook in hooks:
         hook.remove()
     return total

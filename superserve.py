@@ -45,11 +45,21 @@ from tqdm import tqdm
 import slackfit
 from config import Config, ConfigError, parse_arguments
 from engine import Engine, EngineError, Outputs, measure_latencies
+from profiletable import refuse_synthetic
 from servable import load_servable
 from slackfit import Entry, ProfileError, ProfileTable
 from supernet import SupernetError
-from web.errors import BadRequest, BatchFailed, DeadlineExceeded, NotReady, QueueFull, json_errors, json_response
-from web.inputs import Limits, Parameters, decode, parse_parameters
+from web.errors import (
+    BatchFailed,
+    DeadlineExceeded,
+    NotReady,
+    QueueFull,
+    ServeError,
+    TooLarge,
+    json_errors,
+    json_response,
+)
+from web.inputs import Limits, Parameters, check_array, decode, parse_parameters
 
 log = logging.getLogger("superserve")
 
@@ -60,8 +70,9 @@ def log_event(event: str, level: int = logging.INFO, cause: Exception | None = N
 
 
 PROFILED_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
-# Larger bodies are decoded on a thread, so that one photograph does not hold up the queries of others.
+# Larger bodies and images are decoded on a thread, so that one photograph does not hold up the queries of others.
 INLINE_BODY_BYTES = 32 * 1024
+INLINE_PIXELS = 256 * 256
 
 
 # ------------------------------------------------------------------------------------------------------------- queries
@@ -96,6 +107,7 @@ class Query:
     min_accuracy: float = 0.0
     priority: int = 0
     waiting: bool = False
+    refused: bool = False
 
     @property
     def deadline_s(self) -> float:
@@ -107,10 +119,13 @@ class DeadlineHeap:
     """Waiting queries, most urgent first; equal deadlines by priority, then by arrival. Reads no clock.
 
     A discarded query stays inside as a dead entry, skipped when it comes up and swept out when the dead prevail.
+    Queries mostly arrive in the order of their deadlines, so that the heap is mostly a sorted list: it is kept one as
+    long as that costs nothing, and ``deadlines_s`` then has nothing to sort.
     """
 
     def __init__(self) -> None:
         self._entries: list[tuple[float, int, Query]] = []
+        self._sorted = True
         self._sequence = itertools.count()
         self._alive = 0
 
@@ -119,8 +134,9 @@ class DeadlineHeap:
 
     def push(self, query: Query) -> None:
         """Add a query."""
-        order = next(self._sequence) - (query.priority << 48)
-        heapq.heappush(self._entries, (query.deadline_s, order, query))
+        entry = query.deadline_s, next(self._sequence) - (query.priority << 48), query
+        self._sorted = not self._entries or (self._sorted and self._entries[-1] < entry)
+        heapq.heappush(self._entries, entry)
         query.waiting = True
         self._alive += 1
 
@@ -128,7 +144,7 @@ class DeadlineHeap:
     def head(self) -> Query:
         """The most urgent query; IndexError when empty."""
         while not self._entries[0][2].waiting:
-            heapq.heappop(self._entries)
+            self._pop_entry()
         return self._entries[0][2]
 
     @property
@@ -139,10 +155,16 @@ class DeadlineHeap:
     def pop(self) -> Query:
         """Take out the most urgent query."""
         query = self.head
-        heapq.heappop(self._entries)
+        self._pop_entry()
         query.waiting = False
         self._alive -= 1
         return query
+
+    def _pop_entry(self) -> None:
+        if self._sorted:
+            del self._entries[0]
+        else:
+            heapq.heappop(self._entries)
 
     def discard(self, query: Query) -> bool:
         """Take out a query from anywhere; False if it was not waiting."""
@@ -152,12 +174,15 @@ class DeadlineHeap:
         self._alive -= 1
         if len(self._entries) > 2 * self._alive + 16:
             self._entries = [entry for entry in self._entries if entry[2].waiting]
-            heapq.heapify(self._entries)
+            if not self._sorted:
+                heapq.heapify(self._entries)
         return True
 
     def deadlines_s(self) -> Sequence[float]:
-        """All deadlines, ascending. Sorts in place: a sorted list is a heap, and the next sort finds it nearly done."""
-        self._entries.sort()
+        """All deadlines, ascending. Sorts in place: a sorted list is a heap."""
+        if not self._sorted:
+            self._entries.sort()
+            self._sorted = True
         return [deadline_s for deadline_s, _, query in self._entries if query.waiting]
 
 
@@ -189,6 +214,7 @@ class Dispatcher:
         self.counters: Counter[str] = Counter()
         self.idle_workers = workers
         self.overhead_s = 0.0
+        self._workers = workers
         self._max_queue = max_queue
         self._accuracies = [entry.accuracy for entry in table.entries]
 
@@ -202,45 +228,58 @@ class Dispatcher:
         needed_s = self.overhead_s + self.table.entries[self._lowest(query)].latency_s[1]
         if now_s + needed_s > query.deadline_s:
             self.counters["infeasible"] += 1
+            if not self.heap and self.idle_workers == self._workers:
+                # No answer is on its way that could correct the estimate: a stall long past would refuse all for ever.
+                self.overhead_s /= 2
             raise self._too_late(query, "the deadline cannot be met", predicted_s=now_s + needed_s - query.arrival_s)
         self.policy.arrived(now_s, query.slo_s)
         self.heap.push(query)
 
     def cancel(self, query: Query) -> None:
-        """The client of an unanswered query went away: free its place."""
+        """The client of a query went away: free its place. A query refused at that very moment is counted as such."""
         self.heap.discard(query)
-        self.counters["cancelled"] += 1
+        if not query.refused:
+            self.counters["cancelled"] += 1
 
     def expire(self) -> None:
         """Answer all waiting queries whose deadline has passed."""
         now_s = self.clock()
         while self.heap and self.heap.head_deadline_s <= now_s:
-            self._refuse(self.heap.pop(), "expired", "the deadline passed while the query was waiting")
+            self._give_up("expired", "the deadline passed while the query was waiting")
+
+    def abandon(self) -> None:
+        """Answer all waiting queries: there is no time left to run them."""
+        while self.heap:
+            self._refuse(self.heap.pop(), "failed", NotReady("stopping", retry_after_s=1))
 
     def next_batch(self) -> Batch | None:
         """What an idle worker is to run now; None when there is no worker or nothing to run."""
         while self.heap and self.idle_workers:
             now_s = self.clock()
-            decision = self.policy.decide(now_s + self.overhead_s, self.heap, self._lowest(self.heap.head))
+            lowest = self._lowest(self.heap.head)
+            decision = self.policy.decide(now_s + self.overhead_s, self.heap, lowest)
             for _ in range(decision.give_up):
-                self._refuse(self.heap.pop(), "given_up", "the deadline cannot be met: more urgent work is ahead")
-            if decision.entry is not None:
-                self.idle_workers -= 1
-                queries = self._take(decision.entry, decision.batch_size)
-                return Batch(entry=decision.entry, queries=queries, started_s=now_s)
-            if not decision.give_up:
-                return None
+                self._give_up("given_up", "the deadline cannot be met: more urgent work is ahead")
+                if self.heap and self._lowest(self.heap.head) != lowest:
+                    break  # decided for another accuracy floor than this one's
+            else:
+                if decision.entry is not None:
+                    self.idle_workers -= 1
+                    queries = self._take(decision.entry, decision.batch_size)
+                    return Batch(entry=decision.entry, queries=queries, started_s=now_s)
+                if not decision.give_up:
+                    return None
         return None
 
     def settle(self, batch: Batch, outputs: Outputs) -> None:
         """Give each query of a finished batch its row; raises BatchFailed when rows and queries do not match."""
         if len(outputs.probabilities) != len(batch.queries):
             raise BatchFailed(f"{len(outputs.probabilities)} outputs for {len(batch.queries)} inputs")
-        self.idle_workers += 1
         usable = [bool(good) for good in np.isfinite(outputs.probabilities).min(axis=1)]
+        self.idle_workers += 1  # nothing can fail from here on, and fail() counts the worker itself
         for row, good, query in zip(outputs.probabilities, usable, batch.queries, strict=True):
             if not good:
-                self._fail(query, "the network's output is not finite for this input")
+                self._refuse(query, "failed", BatchFailed("the network's output is not finite for this input"))
             elif not query.reply.done():
                 answer = Answer(row, batch.entry, len(batch.queries), batch.started_s, outputs.finished_s)
                 query.reply.set_result(answer)
@@ -249,7 +288,7 @@ class Dispatcher:
         """Answer all queries of a batch that could not be computed."""
         self.idle_workers += 1
         for query in batch.queries:
-            self._fail(query, message)
+            self._refuse(query, "failed", BatchFailed(message))
 
     def deliver(self, query: Query, answer: Answer) -> float:
         """Count an answer that is on its way to the client; returns the instant."""
@@ -270,19 +309,20 @@ class Dispatcher:
             taken.append(self.heap.pop())
         return tuple(taken)
 
-    def _refuse(self, query: Query, outcome: str, message: str) -> None:
-        self.counters[outcome] += 1
-        query.reply.set_exception(self._too_late(query, message, predicted_s=None))
+    def _give_up(self, outcome: str, message: str) -> None:
+        query = self.heap.pop()
+        self._refuse(query, outcome, self._too_late(query, message, predicted_s=None))
+
+    def _refuse(self, query: Query, outcome: str, error: ServeError) -> None:
+        if not query.reply.done():  # else its client has just gone, and cancel() is about to be called
+            query.refused = True
+            self.counters[outcome] += 1
+            query.reply.set_exception(error)
 
     def _too_late(self, query: Query, message: str, predicted_s: float | None) -> DeadlineExceeded:
         predicted_ms = None if predicted_s is None else round(predicted_s * 1e3, 3)
         slo_ms = round(query.slo_s * 1e3, 3)
         return DeadlineExceeded(message, slo_ms=slo_ms, predicted_ms=predicted_ms, queue_depth=len(self.heap))
-
-    def _fail(self, query: Query, message: str) -> None:
-        if not query.reply.done():
-            self.counters["failed"] += 1
-            query.reply.set_exception(BatchFailed(message))
 
 
 # ------------------------------------------------------------------------------------------------------------- serving
@@ -342,6 +382,7 @@ class SuperServe:
         self.ready = False
         self._draining = False
         self._starting: asyncio.Task[None] | None = None
+        refuse_synthetic(self.config.profile)
         self._servable = load_servable(self.config.profile)
         self._choices = slackfit.load_choices(self.config.profile)
         self.engine = Engine(
@@ -371,8 +412,6 @@ class SuperServe:
         assert self.dispatcher is not None, "a table is in use from here on"
         names = [entry.name for entry in self.dispatcher.table.entries]
         await self.engine.warm_up(names, (1, 16), lambda: None)
-        gc.collect()
-        gc.freeze()  # what lives now lives on: collections need not look at it again
         self.ready = True
         log_event("ready", policy=self.config.policy, subnets=len(names), device=dataclasses.asdict(self.engine.facts))
 
@@ -385,14 +424,21 @@ class SuperServe:
     async def close(self) -> None:
         """Accept nothing more, finish what is queued (up to ``drain_timeout_s``), stop the engine."""
         self.ready, self._draining = False, True
+        if self._starting is not None:
+            self._starting.cancel()
+            await asyncio.gather(self._starting, return_exceptions=True)
+        if self.dispatcher is not None:
+            await self._drain(self.dispatcher)
+        await asyncio.to_thread(self.engine.close)  # waits for what still runs; its queries are answered meanwhile
+
+    async def _drain(self, dispatcher: Dispatcher) -> None:
+        self._pump()  # queries of this very turn of the event loop wait for their first pump
         limit_s = self.clock() + self.config.drain_timeout_s
-        while self._batches or (self.dispatcher is not None and self.dispatcher.heap):
-            if not self._batches or self.clock() > limit_s:
-                break
+        while self._batches and self.clock() < limit_s:
             await asyncio.wait(self._batches, timeout=max(0.0, limit_s - self.clock()))
+        dispatcher.abandon()
         if self._expiry is not None:
             self._expiry.cancel()
-        self.engine.close()
 
     async def infer(
         self, image: bytes | NDArray[Any], *, slo_ms: float | None = None, min_accuracy: float = 0.0, top_k: int = 1
@@ -407,11 +453,7 @@ class SuperServe:
         parameters = parse_parameters(texts, {}, self.limits())
         if isinstance(image, bytes):
             return await self.submit(await self.decode(image, "image/*"), arrival_s, parameters)
-        spec = self._servable.input
-        shape = {"uint8": (spec.height, spec.width, spec.channels), "float32": (spec.channels, spec.height, spec.width)}
-        if image.shape != shape.get(str(image.dtype)):
-            raise BadRequest(f"input is {image.dtype} {image.shape}; expected one of {shape}")
-        return await self.submit(image, arrival_s, parameters)
+        return await self.submit(check_array(image, self._servable.input), arrival_s, parameters)
 
     def limits(self) -> Limits:
         """What parameters of a request may be; NotReady while there is no table."""
@@ -423,9 +465,14 @@ class SuperServe:
         )
 
     async def decode(self, body: bytes, content_type: str) -> NDArray[Any]:
-        """The network input in a request's body; large bodies are decoded on a thread."""
-        arguments = body, content_type, self._servable.input, self.config.max_pixels
-        return decode(*arguments) if len(body) <= INLINE_BODY_BYTES else await asyncio.to_thread(decode, *arguments)
+        """The network input in a request's body; large ones are decoded on a thread."""
+        spec, max_pixels = self._servable.input, self.config.max_pixels
+        if len(body) <= INLINE_BODY_BYTES:
+            try:
+                return decode(body, content_type, spec, min(INLINE_PIXELS, max_pixels))
+            except TooLarge:
+                pass  # a small file can hold a large image, which is then looked at again
+        return await asyncio.to_thread(decode, body, content_type, spec, max_pixels)
 
     async def submit(self, input: NDArray[Any], arrival_s: float, parameters: Parameters) -> Reply:
         """Queue one decoded input and wait for its answer; cancelling frees its place."""
@@ -444,9 +491,9 @@ class SuperServe:
             raise
         return self._reply(query, answer, dispatcher.deliver(query, answer), parameters.top_k)
 
-    def profile_document(self) -> dict[str, Any]:
+    def profile_document(self) -> dict[str, object]:
         """What GET /profile answers."""
-        return {"device": dataclasses.asdict(self.engine.facts), **slackfit.table_document(self._open().table)}
+        return slackfit.table_document(self._open().table)
 
     def _reply(self, query: Query, answer: Answer, now_s: float, top_k: int) -> Reply:
         row = answer.probabilities
@@ -466,8 +513,15 @@ class SuperServe:
 
     def _open(self) -> Dispatcher:
         if self._draining or self.dispatcher is None or not self.ready:
-            raise NotReady("draining" if self._draining else "starting", retry_after_s=1)
+            raise NotReady(self._why_not_ready(), retry_after_s=1)
         return self.dispatcher
+
+    def _why_not_ready(self) -> str:
+        if self._draining:
+            return "draining"
+        starting = self._starting
+        failed = starting is not None and starting.done() and not starting.cancelled() and starting.exception()
+        return "the start failed; the log says why" if failed else "starting"
 
     def _wake(self) -> None:
         """Pump once all that has arrived in this turn of the event loop is in the heap."""
@@ -545,7 +599,7 @@ class SuperServe:
             slackfit.save_latencies(path, device, PROFILED_BATCH_SIZES, latencies)
         except OSError as error:
             log_event("table not stored", logging.WARNING, error=str(error))
-        return slackfit.build_table(self._choices, PROFILED_BATCH_SIZES, latencies)
+        return slackfit.build_table(self._choices, PROFILED_BATCH_SIZES, latencies, device)
 
 
 async def profile_latencies(engine: Engine, names: Sequence[str], rounds: int) -> dict[str, slackfit.Latencies]:
@@ -577,6 +631,8 @@ async def handle_predict(request: web.Request) -> web.Response:
     serve = request.app[SERVE]
     arrival_s = serve.clock()
     parameters = parse_parameters(request.query, request.headers, serve.limits())
+    if request.client_max_size != serve.config.max_body_bytes:  # mounted in an application that has its own limit
+        request = request.clone(client_max_size=serve.config.max_body_bytes)
     decoded = await serve.decode(await request.read(), request.content_type)
     return json_response((await serve.submit(decoded, arrival_s, parameters)).document())
 
@@ -610,11 +666,15 @@ def make_app(config: Config) -> web.Application:
 
 
 async def _lifespan(app: web.Application) -> AsyncIterator[None]:
-    starting = app[SERVE].start_soon()
+    app[SERVE].start_soon().add_done_callback(_log_failure)
     yield
-    starting.cancel()
-    await asyncio.wait((starting,))
     await app[SERVE].close()
+
+
+def _log_failure(starting: asyncio.Task[None]) -> None:
+    """Whoever mounted the application awaits no task that could tell."""
+    if not starting.cancelled() and (error := starting.exception()) is not None:
+        log_event("start failed", logging.ERROR, error=f"{type(error).__name__}: {error}")
 
 
 async def serve_forever(config: Config) -> None:
@@ -626,13 +686,16 @@ async def serve_forever(config: Config) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     try:
-        await web.TCPSite(runner, config.host, config.port, backlog=1024).start()
-        log_event("listening", url=f"http://{config.host}:{config.port}")
+        site = web.TCPSite(runner, config.host, config.port, backlog=1024)
+        await site.start()
+        log_event("listening", url=site.name)
         stopping = asyncio.create_task(stop.wait())
         starting = app[SERVE].start_soon()
         await asyncio.wait((stopping, starting), return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()  # a failed start ends the server
+            gc.collect()
+            gc.freeze()  # what lives now lives on: collections need not look at it again
             await _until(stopping, app[SERVE], config.summary_s)
         log_event("draining")
         await app[SERVE].close()

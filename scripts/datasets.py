@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import pickle
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 SPLIT_SEED = 20240205
+SMALL = 10_000  # training images; smaller data sets hold out more, since too few tell no subnet from another
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,10 @@ class DatasetError(ValueError):
 
 
 def load(source: str, image_size: int = 32) -> Dataset:
-    """``digits``, an .npz of JPEGs, a ``cifar-10-batches-py`` folder, or a folder of train/CLASS/* and test/CLASS/*."""
+    """``digits``, an .npz of JPEGs, a ``cifar-10-batches-py`` folder, or a folder of train/CLASS/* and test/CLASS/*.
+
+    A folder's images are cut to a square and resized to ``image_size``. Raises DatasetError, naming the file.
+    """
     if source == "digits":
         return _digits()
     path = Path(source)
@@ -71,14 +76,17 @@ def load(source: str, image_size: int = 32) -> Dataset:
 
 def _with_validation(name: str, train: Split, test: Split, classes: tuple[str, ...], mirrored: bool = True) -> Dataset:
     order = np.random.default_rng(SPLIT_SEED).permutation(len(train))
-    held_out = len(train) // 10
+    held_out = len(train) // (10 if len(train) >= SMALL else 5)
     return Dataset(name, train.take(order[held_out:]), train.take(order[:held_out]), test, classes, mirrored)
 
 
 def _jpeg_archive(path: Path) -> Dataset:
-    with np.load(path, allow_pickle=False) as archive:
-        parts = {part: _decode_archive(archive, part) for part in ("train", "test")}
-        classes = tuple(str(name) for name in archive["classes"])
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            parts = {part: _decode_archive(archive, part) for part in ("train", "test")}
+            classes = tuple(str(name) for name in archive["classes"])
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise DatasetError(f"{path}: {error}") from error
     return _with_validation("cifar10", parts["train"], parts["test"], classes)
 
 
@@ -98,15 +106,18 @@ class _ArraysOnly(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("numpy") and name in ("_reconstruct", "ndarray", "dtype"):
-            return super().find_class(module, name)
+            return super().find_class(module.replace("numpy.core", "numpy._core"), name)  # numpy 2 moved it
         raise pickle.UnpicklingError(f"{module}.{name} does not belong into a CIFAR-10 file")
 
 
 def _cifar_batches(folder: Path) -> Dataset:
     def read(name: str) -> dict[bytes, Any]:
-        with (folder / name).open("rb") as file:
-            content: dict[bytes, Any] = _ArraysOnly(file, encoding="bytes").load()
-            return content
+        try:
+            with (folder / name).open("rb") as file:
+                content: dict[bytes, Any] = _ArraysOnly(file, encoding="bytes").load()
+                return content
+        except (OSError, EOFError, pickle.UnpicklingError) as error:
+            raise DatasetError(f"{folder / name}: {error}") from error
 
     def split(names: list[str]) -> Split:
         batches = [read(name) for name in names]
@@ -132,12 +143,13 @@ def _folders(folder: Path, size: int) -> Dataset:
         images = [_open(path, size) for path, _ in tqdm(files, desc=f"read {part}", disable=None)]
         return Split(np.stack(images), np.array([label for _, label in files], np.int64))
 
-    return _with_validation(folder.name, split("train"), split("test"), classes)
+    return _with_validation(folder.resolve().name, split("train"), split("test"), classes)
 
 
 def _open(path: Path, size: int) -> NDArray[np.uint8]:
     try:
-        image = Image.open(path).convert("RGB")
+        with Image.open(path) as file:
+            image = file.convert("RGB")
     except OSError as error:
         raise DatasetError(f"{path}: {error}") from error
     side = min(image.size)

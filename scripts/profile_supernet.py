@@ -2,7 +2,7 @@
 
 Random subnets first, then mutations of those on the accuracy/latency frontier (evolutionary search). Every subnet
 looked at is calibrated, and its statistics and validation accuracy are kept. The frontier is chosen by validation
-images (a tenth of the training images, never trained on); the test images only report. Writes norms.npz,
+images (set apart from the training images, never trained on); the test images only report. Writes norms.npz,
 choices.json and a latency table; continues an interrupted search from search.jsonl.
 
     python scripts/profile_supernet.py --data digits --profile profiles/digits --candidates 60
@@ -79,13 +79,20 @@ class Search:
     ) -> None:
         self.servable, self.data, self.engine, self.folder = servable, data, engine, folder
         self.batch_size = batch_size
-        self._batches = calibration_batches(data, servable.input)
+        self._batches = calibration_batches(data, servable)
         self.found: dict[str, Candidate] = {}
         self._log = folder / "search.jsonl"
         if self._log.is_file():
-            known = {subnet.name for subnet in servable.supernet.statistics}
-            rows = (Candidate(**json.loads(line)) for line in self._log.read_text().splitlines())
-            self.found = {row.name: row for row in rows if row.name in known}
+            self._recall()
+
+    def _recall(self) -> None:
+        """Take up what an interrupted search found, as far as its statistics were saved."""
+        known = {subnet.name for subnet in self.servable.supernet.statistics}
+        lines = self._log.read_text().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]  # the last may be cut off
+        self._log.write_text("".join(whole))
+        rows = (Candidate(**json.loads(line)) for line in whole)
+        self.found = {row.name: row for row in rows if row.name in known}
 
     def look_at(self, subnet: Subnet) -> Candidate:
         """Calibrate and measure a subnet, unless that was done before."""
@@ -121,8 +128,8 @@ class Search:
                 self.look_at(subnet)
                 bar.update(len(self.found) - before)
 
-            look(space.largest)
-            look(space.smallest)
+            for subnet in (space.largest, space.smallest, *(space if candidates == len(space) else ())):
+                look(subnet)
             while len(self.found) < candidates:
                 look(self._next(rng, random_part=candidates // 3))
         save_servable(self.servable, self.folder)
@@ -215,13 +222,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     torch.set_grad_enabled(False)
     threads = Config(workers=options.workers, threads=options.threads).threads_per_worker
+    torch.set_num_threads(threads)
     try:
         servable = load_servable(options.profile)
         engine = Engine(servable, options.device, workers=options.workers, threads=threads)
         if options.latency_only:
             names = [choice.name for choice in slackfit.load_choices(options.profile) if choice.frontier]
         else:
-            data = datasets.load(options.data)
+            data = datasets.load(options.data, servable.input.height)
             search = Search(servable, data, engine, options.profile, options.batch_size)
             found = search.run(options.candidates, options.seed)
             names = write_choices(servable, data, found, options.profile, options.most)

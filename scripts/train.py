@@ -11,18 +11,20 @@ statistics of the largest and the smallest) and train_log.jsonl; scripts/profile
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -31,10 +33,35 @@ from scripts import datasets
 from servable import InputSpec, Servable, create_servable, save_servable
 from supernet import Subnet, SubnetSpace
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preset:
+    """What suits a data set: the network and its space of subnets, and how to train it."""
+
+    widths: tuple[int, ...]
+    depths: int
+    expands: tuple[float, ...]
+    stem_stride: int
+    crop: int
+    epochs: int
+    threads: int = 0  # 0: torch's choice; for tensors this small, threads cost more than they save
+
+
 PRESETS = {
-    "cifar10": {"widths": (64, 128, 256), "depths": 2, "expands": (0.125, 0.25, 0.5, 1.0), "stem_stride": 2, "crop": 4},
-    "digits": {"widths": (16, 32, 64), "depths": 3, "expands": (0.25, 0.5, 1.0), "stem_stride": 1, "crop": 1},
+    "cifar10": Preset(
+        widths=(64, 128, 256), depths=2, expands=(0.125, 0.25, 0.5, 1.0), stem_stride=2, crop=4, epochs=24
+    ),
+    "digits": Preset(
+        widths=(16, 32, 64), depths=3, expands=(0.0625, 0.25, 1.0), stem_stride=1, crop=1, epochs=8, threads=1
+    ),
 }
+# Of a network that was trained before: profile_supernet.py makes them anew.
+STALE = ("search.jsonl", "choices.json", "latency-*.json")
+
+
+def preset_of(data: datasets.Dataset) -> Preset:
+    """The preset for this data; that of CIFAR-10 for other photographs."""
+    return PRESETS.get(data.name, PRESETS["cifar10"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +74,7 @@ class Recipe:
     middle: int
     seed: int
     crop: int
+    distill_weight: float = 1.0
     label_smoothing: float = 0.1
     weight_decay: float = 5e-4
     warmup: float = 0.2
@@ -56,13 +84,13 @@ class Recipe:
         """The rate when this part (0..1) of the training is done."""
         if progress < self.warmup:
             return self.learning_rate * progress / self.warmup
-        return self.learning_rate * 0.5 * (1 + np.cos(np.pi * (progress - self.warmup) / (1 - self.warmup)))
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (progress - self.warmup) / (1 - self.warmup)))
 
 
 def new_servable(data: datasets.Dataset) -> Servable:
     """A servable with random weights for this data: a ResNet whose input size, channels and classes fit."""
-    preset = PRESETS.get(data.name, PRESETS["cifar10"])
-    widths, depths, expands = preset["widths"], preset["depths"], preset["expands"]
+    preset = preset_of(data)
+    widths, depths, expands = preset.widths, preset.depths, preset.expands
     height, width, channels = data.train.images.shape[1:]
     pixels = data.train.images[:10_000].reshape(-1, channels) / 255
     return create_servable(
@@ -70,7 +98,7 @@ def new_servable(data: datasets.Dataset) -> Servable:
         family="resnet",
         architecture={
             "channels": channels, "widths": widths, "depths": (depths,) * len(widths), "classes": len(data.classes),
-            "stem_stride": preset["stem_stride"],
+            "stem_stride": preset.stem_stride,
         },
         space=SubnetSpace((tuple(range(1, depths + 1)),) * len(widths), (expands,) * len(widths)),
         input=InputSpec(
@@ -116,6 +144,8 @@ class Trainer:
     """Training state that can be saved after each epoch and taken up again."""
 
     def __init__(self, servable: Servable, data: datasets.Dataset, recipe: Recipe) -> None:
+        if len(data.train) < recipe.batch_size:
+            raise ValueError(f"{len(data.train)} training images are fewer than a batch of {recipe.batch_size}")
         self.servable, self.data, self.recipe = servable, data, recipe
         self.supernet, self.epoch = servable.supernet, 0
         network = self.supernet.network.to(memory_format=torch.channels_last)
@@ -149,7 +179,7 @@ class Trainer:
         loss.backward()
         teacher = logits.detach().softmax(1)
         for subnet in (space.smallest, *(space.sample(rng) for _ in range(self.recipe.middle))):
-            F.cross_entropy(self._logits(subnet, x), teacher).backward()
+            (self.recipe.distill_weight * F.cross_entropy(self._logits(subnet, x), teacher)).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.item()
@@ -170,7 +200,7 @@ class Trainer:
         partial.replace(path)
 
     def resume(self, path: Path) -> None:
-        """Continue from what ``save`` wrote."""
+        """Continue from what ``save`` wrote, for a network of the same form."""
         state = torch.load(path, weights_only=True)
         self.supernet.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -178,28 +208,31 @@ class Trainer:
 
 
 @torch.inference_mode()
-def predict(network: nn.Module | object, images: np.ndarray, spec: InputSpec, batch_size: int = 500) -> Tensor:
-    """Logits of all images."""
-    parts = [normalise(images[i : i + batch_size], spec) for i in range(0, len(images), batch_size)]
-    return torch.cat([network(part) for part in parts])  # type: ignore[operator]
+def predict(network: Callable[[Tensor], Tensor], images: np.ndarray, spec: InputSpec, device: torch.device) -> Tensor:
+    """Logits of all images, on the host."""
+    return torch.cat([network(normalise(part, spec).to(device)).cpu() for part in _in_batches(images)])
 
 
-def calibration_batches(data: datasets.Dataset, spec: InputSpec, images: int = 2000) -> list[Tensor]:
-    """Training images, unaugmented, in large batches, for ``Supernet.calibrate``."""
-    chosen = data.train.images[:images]
-    return [normalise(chosen[i : i + 500], spec) for i in range(0, len(chosen), 500)]
+def calibration_batches(data: datasets.Dataset, servable: Servable, images: int = 2000) -> list[Tensor]:
+    """Training images, unaugmented, in large batches on the supernet's device, for ``Supernet.calibrate``."""
+    chosen = _in_batches(data.train.images[:images])
+    return [normalise(part, servable.input).to(servable.supernet.device) for part in chosen]
+
+
+def _in_batches(images: np.ndarray, size: int = 500) -> list[np.ndarray]:
+    return [images[start : start + size] for start in range(0, len(images), size)]
 
 
 def accuracy(servable: Servable, subnet: Subnet, split: datasets.Split) -> float:
     """Part of the images that the (calibrated) subnet classifies correctly."""
-    logits = predict(servable.supernet.actuate(subnet), split.images, servable.input)
+    logits = predict(servable.supernet.actuate(subnet), split.images, servable.input, servable.supernet.device)
     return float((logits.argmax(1).numpy() == split.labels).mean())
 
 
 def evaluate(servable: Servable, data: datasets.Dataset) -> dict[str, float]:
     """Validation accuracy of the largest and the smallest subnet, freshly calibrated."""
     space = servable.supernet.space
-    batches = calibration_batches(data, servable.input)
+    batches = calibration_batches(data, servable)
     result = {}
     for name, subnet in (("largest", space.largest), ("smallest", space.smallest)):
         servable.supernet.calibrate(subnet, batches)
@@ -214,13 +247,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--data", required=True, help="digits, FILE.npz of JPEGs, cifar-10-batches-py folder, image folder"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the servable, such as profiles/cifar10")
-    parser.add_argument("--epochs", type=int, default=24)
+    parser.add_argument("--epochs", type=int, default=0, help="default: 24, or 8 for digits")
     parser.add_argument("--batch-size", type=int, default=0, help="default: 500, or 64 for fewer than 10,000 images")
     parser.add_argument("--learning-rate", type=float, default=0.0, help="peak; default: 0.1 x batch size / 128")
     parser.add_argument("--middle", type=int, default=1, help="random subnets per step beside largest and smallest")
+    parser.add_argument("--distill-weight", type=float, default=1.0, help="loss of each smaller subnet counts so much")
     parser.add_argument("--image-size", type=int, default=32, help="side to which a folder's images are resized")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; default: torch's choice")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; default: torch's choice, or 1 for digits")
     parser.add_argument("--bfloat16", action="store_true", help="compute in bfloat16 where the processor is fast at it")
     parser.add_argument("--resume", action="store_true", help="continue from OUT/checkpoint.pt")
     return parser.parse_args(arguments)
@@ -228,14 +262,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def recipe_of(options: argparse.Namespace, data: datasets.Dataset) -> Recipe:
     """The recipe that the options ask for, with defaults that depend on the data."""
-    batch_size = options.batch_size or (500 if len(data.train) >= 10_000 else 64)
+    batch_size = options.batch_size or (500 if len(data.train) >= datasets.SMALL else 64)
     return Recipe(
-        epochs=options.epochs,
+        epochs=options.epochs or preset_of(data).epochs,
         batch_size=batch_size,
         learning_rate=options.learning_rate or 0.1 * batch_size / 128,
         middle=options.middle,
         seed=options.seed,
-        crop=PRESETS.get(data.name, PRESETS["cifar10"])["crop"],  # type: ignore[arg-type]
+        crop=preset_of(data).crop,
+        distill_weight=options.distill_weight,
         bfloat16=options.bfloat16,
     )
 
@@ -243,34 +278,35 @@ def recipe_of(options: argparse.Namespace, data: datasets.Dataset) -> Recipe:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, save after every epoch, and write the servable."""
     options = parse_arguments(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
     try:
         data = datasets.load(options.data, options.image_size)
-    except (datasets.DatasetError, OSError) as error:
+        torch.set_num_threads(options.threads or preset_of(data).threads or torch.get_num_threads())
+        torch.manual_seed(options.seed)
+        trainer = Trainer(new_servable(data), data, recipe_of(options, data))
+        if options.resume:
+            trainer.resume(options.out / "checkpoint.pt")
+        train(trainer, options.out, fresh=not options.resume)
+    except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
-    torch.manual_seed(options.seed)
-    options.out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(new_servable(data), data, recipe_of(options, data))
-    checkpoint, log = options.out / "checkpoint.pt", options.out / "train_log.jsonl"
-    if options.resume:
-        trainer.resume(checkpoint)
-    else:
+
+
+def train(trainer: Trainer, folder: Path, fresh: bool) -> None:
+    """Run the epochs that remain, saving after each, then write the servable; the last line printed is JSON."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log, epochs = folder / "train_log.jsonl", trainer.recipe.epochs
+    if fresh:
         log.unlink(missing_ok=True)
-    while trainer.epoch < options.epochs:
-        row = {**trainer.run_epoch(), **evaluate(trainer.servable, data)}
-        trainer.save(checkpoint)
+    while trainer.epoch < epochs:
+        row = {**trainer.run_epoch(), **evaluate(trainer.servable, trainer.data)}
+        trainer.save(folder / "checkpoint.pt")
         with log.open("a") as file:
             file.write(json.dumps({"epoch": trainer.epoch, **row}) + "\n")
-        print(
-            f"epoch {trainer.epoch}/{options.epochs}: " + "  ".join(f"{key} {value:.4g}" for key, value in row.items())
-        )
-    save_servable(trainer.servable, options.out)
-    print(
-        json.dumps(
-            {"out": str(options.out), "subnets": len(trainer.supernet.space), **evaluate(trainer.servable, data)}
-        )
-    )
+        print(f"epoch {trainer.epoch}/{epochs}: " + "  ".join(f"{key} {value:.4g}" for key, value in row.items()))
+    accuracies = evaluate(trainer.servable, trainer.data)  # calibrates what is saved
+    for stale in itertools.chain.from_iterable(folder.glob(pattern) for pattern in STALE):
+        stale.unlink()
+    save_servable(trainer.servable, folder)
+    print(json.dumps({"out": str(folder), "subnets": len(trainer.supernet.space), **accuracies}))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ FAMILIES = {"resnet": (resnet.ResNet, resnet.STAGES)}
 
 def build(family: str, architecture: Mapping[str, Any]) -> tuple[nn.Module, Sequence[str]]:
     """The family's plain network with random weights, and the names of its stages; raises ValueError if unknown."""
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(f"unknown family '{family}'; known: {', '.join(sorted(FAMILIES))}")
     network, stages = FAMILIES[family]
     try:

@@ -10,6 +10,11 @@ from torch import Tensor, nn
 STAGES = ("stages.0", "stages.1", "stages.2")
 
 
+def _check(name: str, values: Sequence[int], most: int) -> None:
+    if not isinstance(values, Sequence) or any(type(each) is not int or not 1 <= each <= most for each in values):
+        raise ValueError(f"{name} must be from 1 to {most}, not {values!r:.60}")
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions with batch norm around a residual addition; ``inner`` channels between them."""
 
@@ -40,6 +45,13 @@ class ResNet(nn.Module):
         self, channels: int, widths: Sequence[int], depths: Sequence[int], classes: int, stem_stride: int = 2
     ) -> None:
         super().__init__()
+        _check("channels", [channels], 1024)
+        _check("widths", widths, 8192)
+        _check("depths", depths, 100)
+        _check("classes", [classes], 100_000)
+        _check("stem_stride", [stem_stride], 2)
+        if not len(widths) == len(depths) == len(STAGES):
+            raise ValueError(f"{len(widths)} widths and {len(depths)} depths for {len(STAGES)} stages")
         # An even kernel samples the strided grid symmetrically; an odd one is enough without stride.
         kernel = 4 if stem_stride == 2 else 3
         self.stem = nn.Sequential(

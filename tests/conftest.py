@@ -1,4 +1,6 @@
-"""Fixtures that more than one test module uses."""
+"""Fixtures and helpers that more than one test module uses."""
+
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import settings
@@ -34,3 +36,21 @@ def table() -> ProfileTable:
         choices.append(choice)
         latencies[choice.name] = Latencies(p50_s=each_s, p99_s=each_s)
     return build_table(choices, BATCH_SIZES, latencies)
+
+
+def choice(name: str, accuracy: float, *, frontier: bool = True) -> Choice:
+    return Choice(
+        name=name, kind="subnet", accuracy=accuracy, accuracy_samples=5000, test_accuracy=accuracy / 2,
+        parameters=10, macs=20, frontier=frontier,
+    )  # fmt: skip
+
+
+def in_ms(*values_ms: float) -> Latencies:
+    each_s = tuple(value_ms / 1e3 for value_ms in values_ms)
+    return Latencies(p50_s=each_s, p99_s=each_s)
+
+
+def table_of(sizes: Sequence[int], *rows: tuple[float, Sequence[float]]) -> ProfileTable:
+    """A table from rows of accuracy and latencies in milliseconds; entries are called e0, e1, …"""
+    choices = [choice(f"e{index}", accuracy) for index, (accuracy, _) in enumerate(rows)]
+    return build_table(choices, sizes, {f"e{index}": in_ms(*row) for index, (_, row) in enumerate(rows)})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import struct
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,14 +13,22 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from web.errors import BadRequest, TooLarge, UnsupportedMedia
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-# Pillow warns of large images that it decodes all the same; here they are errors before anything is decoded.
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM", b"II*\x00", b"MM\x00*")
+# Pillow warns of large images, which are refused below before they are decoded, and of damaged EXIF data.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\x00", b"MM\x00*")
+# What Pillow raises on damaged files, found by fuzzing; DecompressionBombError is a class of its own.
+_DAMAGED = (ArithmeticError, EOFError, LookupError, OSError, SyntaxError, TypeError, ValueError, struct.error)
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 # What curl sends unless told otherwise; says nothing about the body.
 _UNTYPED = ("", "application/octet-stream", "application/x-www-form-urlencoded")
 
@@ -66,9 +75,10 @@ def parse_parameters(query: Mapping[str, str], headers: Mapping[str, str], limit
     unknown = query.keys() - _PARAMETERS.keys()
     if unknown:
         raise BadRequest(f"unknown parameter '{min(unknown)}'; known: {', '.join(sorted(_PARAMETERS))}")
-    given = {name: query.get(name) or headers.get(header) for name, header in _PARAMETERS.items()}
-    envoy_ms = headers.get("X-Envoy-Expected-Rq-Timeout-Ms")
-    slo_ms = _number("slo_ms", given["slo_ms"] or envoy_ms, limits.default_slo_s * 1e3, 0, limits.longest_slo_s * 1e3)
+    given = {name: query.get(name, headers.get(header)) for name, header in _PARAMETERS.items()}
+    if given["slo_ms"] is None:
+        given["slo_ms"] = headers.get("X-Envoy-Expected-Rq-Timeout-Ms")
+    slo_ms = _number("slo_ms", given["slo_ms"], limits.default_slo_s * 1e3, 0, limits.longest_slo_s * 1e3)
     if slo_ms <= 0:
         raise BadRequest("slo_ms must be above 0")
     min_accuracy = _number("min_accuracy", given["min_accuracy"], 0.0, 0, 1)
@@ -131,20 +141,39 @@ def decode(body: bytes, content_type: str, shape: ImageShape, max_pixels: int) -
     )
 
 
+def check_array(array: object, shape: ImageShape) -> NDArray[Any]:
+    """An array that is one input already; raises BadRequest for any other."""
+    pixels, planes = (shape.height, shape.width, shape.channels), (shape.channels, shape.height, shape.width)
+    if isinstance(array, np.ndarray):
+        if array.dtype == np.uint8 and array.shape == pixels:
+            return array
+        if array.dtype == np.float32 and array.shape == planes:
+            return _checked(array)
+    found = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+    raise BadRequest(f"the input is {found}; expected bytes, uint8 {pixels} (pixels) or float32 {planes} (normalised)")
+
+
 def _from_untyped(body: bytes, content_type: str, shape: ImageShape, max_pixels: int) -> NDArray[Any]:
+    # First the images: a small one can have the size of a tensor, but no tensor happens to begin as an image does.
+    if _looks_encoded(body):
+        return _from_image(body, shape, max_pixels)
     values = shape.height * shape.width * shape.channels
     if len(body) == values:
         return np.frombuffer(body, np.uint8).reshape(shape.height, shape.width, shape.channels)
     if len(body) == 4 * values:
         return _checked(np.frombuffer(body, "<f4").reshape(shape.channels, shape.height, shape.width))
-    if body.startswith(_MAGIC) or (body[:4] == b"RIFF" and body[8:12] == b"WEBP"):
-        return _from_image(body, shape, max_pixels)
     size = f"{shape.height}x{shape.width}x{shape.channels}"
     message = (
         f"{len(body)} bytes are neither an image nor a raw tensor: expected {values} bytes (uint8 {size}, pixels) or "
         f"{4 * values} bytes (float32 {shape.channels}x{shape.height}x{shape.width}, normalised)"
     )
     raise (BadRequest if content_type == "application/octet-stream" else UnsupportedMedia)(message)
+
+
+def _looks_encoded(body: bytes) -> bool:
+    if body.startswith(b"BM"):  # too short to be sure of; the size of the file follows
+        return int.from_bytes(body[2:6], "little") == len(body)
+    return body.startswith(_MAGIC) or (body.startswith(b"RIFF") and body[8:12] == b"WEBP")
 
 
 def _checked(tensor: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -162,7 +191,7 @@ def _from_image(body: bytes, shape: ImageShape, max_pixels: int) -> NDArray[np.u
             return _resized(image, shape)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise TooLarge(f"{error} At most {max_pixels} pixels are decoded.") from error
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+    except _DAMAGED as error:
         raise BadRequest(f"the image cannot be decoded: {error}; known formats: {', '.join(IMAGE_FORMATS)}") from error
 
 
@@ -171,8 +200,11 @@ def _resized(image: Image.Image, shape: ImageShape) -> NDArray[np.uint8]:
     mode = "L" if shape.channels == 1 else "RGB"
     if image.size != (shape.width, shape.height):
         image.draft(mode, (2 * shape.width, 2 * shape.height))  # JPEGs of large photographs decode at a fraction
-        image = ImageOps.exif_transpose(image)
+    # ImageOps.exif_transpose would also write the EXIF data anew, which fails where they are damaged.
+    turn = _UPRIGHT.get(image.getexif().get(_EXIF_ORIENTATION, 1))
     image = image.convert(mode)
+    if turn is not None:
+        image = image.transpose(turn)
     if image.size != (shape.width, shape.height):
         scale = min(image.width / shape.width, image.height / shape.height)
         width, height = shape.width * scale, shape.height * scale
@@ -191,7 +223,8 @@ def _from_json(body: bytes, shape: ImageShape) -> NDArray[Any]:
         found = f"keys {', '.join(map(str, document))}" if isinstance(document, dict) else type(document).__name__
         raise BadRequest(f'JSON must be an object with the one key "inputs"; found {found[:200]}')
     try:
-        tensor = np.array(document["inputs"], np.float32)
+        with np.errstate(over="ignore"):  # becomes infinite, which is refused below
+            tensor = np.array(document["inputs"], np.float32)
     except (ValueError, TypeError, OverflowError) as error:
         raise BadRequest(f'"inputs" is not a tensor of numbers: {error}') from error
     pixels, planes = (shape.height, shape.width, shape.channels), (shape.channels, shape.height, shape.width)
@@ -199,6 +232,6 @@ def _from_json(body: bytes, shape: ImageShape) -> NDArray[Any]:
         return _checked(tensor)
     if tensor.shape != pixels:
         raise BadRequest(f'"inputs" has shape {tensor.shape}; expected {pixels} (pixels) or {planes} (normalised)')
-    if not ((tensor >= 0) & (tensor <= 255)).all():
-        raise BadRequest('"inputs" are pixels and must be between 0 and 255')
+    if not ((tensor >= 0) & (tensor <= 255) & (tensor == np.floor(tensor))).all():
+        raise BadRequest('"inputs" are pixels and must be whole numbers between 0 and 255')
     return tensor.astype(np.uint8)

@@ -1,0 +1,407 @@
+"""The profile table: what is known of each choice, its accuracy and its latencies, and the files that hold them.
+
+``choices.json`` says what is true on any device (accuracy, size), one latency file per device how long a batch takes
+there. ``build_table`` makes of both the ``ProfileTable`` that policies (slackfit.py) plan with.
+
+This file knows neither policies nor queries, neither torch nor HTTP.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+
+SCHEMA = 1
+KINDS = ("subnet", "ensemble")
+DEVICE_KINDS = ("cpu", "cuda", "synthetic")  # synthetic: made up, to be simulated and never served
+NOISE = 0.2  # a larger batch may be measured this much faster than a smaller one before the profile is refused
+LONGEST_S = 3600.0  # no batch takes an hour: a longer latency is a wrong unit or an infinity
+LARGEST = 10**18  # of counts such as MACs
+
+
+class ProfileError(ValueError):
+    """A profile that cannot be used; says which file and field."""
+
+
+class DeviceMismatch(ProfileError):
+    """A latency table that was measured on another device than this one."""
+
+
+# ------------------------------------------------------------------------------------------------ records and the table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """What a latency table was measured on. A table fits only a device that is equal in every field."""
+
+    kind: str  # one of DEVICE_KINDS
+    name: str
+    torch: str
+    dtype: str
+    threads: int  # CPU threads per worker; 0 on a GPU
+    workers: int  # how many ran batches at the same time while measuring
+
+    @property
+    def file_name(self) -> str:
+        """Where this device's latencies are kept; the torch version is left out, so that a new one replaces the old."""
+        parts = (self.kind, self.name, f"t{self.threads}", f"w{self.workers}", self.dtype)
+        return f"latency-{'-'.join(_slug(part) for part in parts)}.json"
+
+    def __str__(self) -> str:
+        what = f"{self.kind} {self.name}, torch {self.torch}, {self.dtype}"
+        return f"{what}, {self.threads} threads per worker, {self.workers} workers"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """One row of choices.json: a subnet or ensemble and what is known of it on any device."""
+
+    name: str
+    kind: str  # one of KINDS
+    accuracy: float  # 0 to 1, on validation images
+    accuracy_samples: int
+    test_accuracy: float | None
+    parameters: int
+    macs: int
+    frontier: bool  # worth profiling on a device
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Latencies:
+    """As measured for one choice, one number per profiled batch size."""
+
+    p50_s: tuple[float, ...]
+    p99_s: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """A choice with its planned latency on this device: ``latency_s[n]`` for a batch of n, ``latency_s[0]`` is 0."""
+
+    choice: Choice
+    latency_s: tuple[float, ...]
+
+    @property
+    def name(self) -> str:
+        """The choice's name."""
+        return self.choice.name
+
+    @property
+    def accuracy(self) -> float:
+        """The choice's accuracy, 0 to 1."""
+        return self.choice.accuracy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileTable:
+    """The entries on the accuracy/latency frontier, both ascending; made by ``build_table``."""
+
+    entries: tuple[Entry, ...]
+    batch_sizes: tuple[int, ...]  # those that were measured
+    device: Device | None = None
+
+    @property
+    def max_batch(self) -> int:
+        """The largest batch that any entry may run."""
+        return self.batch_sizes[-1]
+
+    @property
+    def fastest(self) -> Entry:
+        """The least accurate entry."""
+        return self.entries[0]
+
+    @property
+    def most_accurate(self) -> Entry:
+        """The slowest entry."""
+        return self.entries[-1]
+
+    def by_name(self, name: str) -> Entry:
+        """The entry of this name; raises ProfileError, listing the names that there are, for any other."""
+        for entry in self.entries:
+            if entry.name == name:
+                return entry
+        known = ", ".join(entry.name for entry in self.entries)
+        raise ProfileError(f"no entry '{name}' in the profile table: there are {known}")
+
+
+def build_table(
+    choices: Iterable[Choice],
+    batch_sizes: Sequence[int],
+    latencies: Mapping[str, Latencies],
+    device: Device | None = None,
+) -> ProfileTable:
+    """The table that policies plan with, by 99th percentiles; raises ProfileError for gaps and impossible figures."""
+    known = _by_unique_name(choices)
+    _check_batch_sizes(batch_sizes)
+    for name in latencies:
+        if name not in known:
+            raise ProfileError(f"latencies.{name}: there is no such choice")
+    entries = []
+    for choice in known.values():
+        if choice.name in latencies:
+            entries.append(Entry(choice=choice, latency_s=_planned(choice.name, batch_sizes, latencies[choice.name])))
+        elif choice.frontier:
+            raise ProfileError(f"latencies.{choice.name}: missing, but the choice is on the frontier")
+    if not entries:
+        raise ProfileError("latencies: empty")
+    return ProfileTable(entries=_frontier(entries, batch_sizes), batch_sizes=tuple(batch_sizes), device=device)
+
+
+def table_document(table: ProfileTable) -> dict[str, object]:
+    """The table as JSON for people and dashboards, latencies in milliseconds by profiled batch size."""
+    shown = ("name", "kind", "accuracy", "test_accuracy", "parameters", "macs")
+    entries = [
+        {name: getattr(entry.choice, name) for name in shown}
+        | {"latency_ms": [_ms(entry.latency_s[size]) for size in table.batch_sizes]}
+        for entry in table.entries
+    ]
+    device = asdict(table.device) if table.device else None
+    return {"device": device, "batch_sizes": list(table.batch_sizes), "entries": entries}
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:80] or "unknown"
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1e3, 6)
+
+
+def _by_unique_name(choices: Iterable[Choice]) -> dict[str, Choice]:
+    known: dict[str, Choice] = {}
+    for choice in choices:
+        if choice.name in known:
+            raise ProfileError(f"choices: '{choice.name}' is there twice")
+        known[choice.name] = choice
+    return known
+
+
+def _check_batch_sizes(batch_sizes: Sequence[int]) -> None:
+    ascending = all(smaller < larger for smaller, larger in pairwise(batch_sizes))
+    if not batch_sizes or batch_sizes[0] != 1 or not ascending:
+        raise ProfileError(f"batch_sizes: must ascend from 1, not {list(batch_sizes)}")
+
+
+def _planned(name: str, batch_sizes: Sequence[int], measured: Latencies) -> tuple[float, ...]:
+    _levelled(f"latencies.{name}.p50_ms", batch_sizes, measured.p50_s)
+    return _interpolated(batch_sizes, _levelled(f"latencies.{name}.p99_ms", batch_sizes, measured.p99_s))
+
+
+def _levelled(where: str, batch_sizes: Sequence[int], latencies_s: Sequence[float]) -> list[float]:
+    """The latencies with dips within noise filled up, so that they never fall as the batch grows."""
+    if len(latencies_s) != len(batch_sizes):
+        raise ProfileError(f"{where}: {len(latencies_s)} numbers for {len(batch_sizes)} batch sizes")
+    levelled: list[float] = []
+    highest_s = 0.0
+    for size, latency_s in zip(batch_sizes, latencies_s, strict=True):
+        if not 0 < latency_s <= LONGEST_S:
+            raise ProfileError(f"{where}: must be positive, finite and at most an hour, not {latency_s * 1e3:g}")
+        if latency_s < (1 - NOISE) * highest_s:
+            raise ProfileError(f"{where}: falls from {highest_s * 1e3:g} to {latency_s * 1e3:g} at batch size {size}")
+        highest_s = max(highest_s, latency_s)
+        levelled.append(highest_s)
+    return levelled
+
+
+def _interpolated(batch_sizes: Sequence[int], latencies_s: Sequence[float]) -> tuple[float, ...]:
+    """Latency by batch size, 0 to the largest, linear between those measured."""
+    every_s = [0.0]
+    for (small, low_s), (large, high_s) in pairwise(zip((0, *batch_sizes), (0.0, *latencies_s), strict=True)):
+        step_s = (high_s - low_s) / (large - small)
+        every_s += [min(low_s + step_s * above, high_s) for above in range(1, large - small)] + [high_s]
+    return tuple(every_s)
+
+
+def _frontier(entries: Iterable[Entry], batch_sizes: Sequence[int]) -> tuple[Entry, ...]:
+    """Accuracy ascending, without the entries that another equals or beats in both accuracy and mean latency."""
+
+    def slowness(entry: Entry) -> tuple[float, float]:
+        return sum(entry.latency_s[size] for size in batch_sizes), -entry.accuracy
+
+    kept: list[Entry] = []
+    for entry in sorted(entries, key=slowness):
+        if not kept or entry.accuracy > kept[-1].accuracy:
+            kept.append(entry)
+    return tuple(kept)
+
+
+# -------------------------------------------------------------------------------------------------- the profile's files
+
+
+def load_choices(folder: Path) -> tuple[Choice, ...]:
+    """The rows of the folder's choices.json; raises ProfileError, naming file and field, for anything amiss."""
+    path = Path(folder) / "choices.json"
+    with _naming(path):
+        document = _read(path, ("choices",))
+        rows = _array(document["choices"], "choices")
+        choices = tuple(_parse_choice(row, f"choices[{index}]") for index, row in enumerate(rows))
+        _by_unique_name(choices)
+        return choices
+
+
+def load_latencies(path: Path, choices: Iterable[Choice], device: Device | None = None) -> ProfileTable:
+    """The table of one latency file; raises ProfileError for anything amiss, DeviceMismatch for another device's.
+
+    Without a device, whatever it was measured on is taken.
+    """
+    with _naming(path):
+        document = _read(path, ("device", "batch_sizes", "latencies"))
+        measured_on = _parse_device(document["device"])
+        if device is not None and measured_on != device:
+            raise DeviceMismatch(f"device: measured on {measured_on}; this is {device}")
+        sizes = [_count(size, "batch_sizes", 1) for size in _array(document["batch_sizes"], "batch_sizes")]
+        rows = _mapping(document["latencies"], "latencies").items()
+        latencies = {name: _parse_latencies(row, f"latencies.{name}") for name, row in rows}
+        return build_table(choices, sizes, latencies, measured_on)
+
+
+def refuse_synthetic(folder: Path) -> None:
+    """Raise ProfileError if this profile is for simulation only, its latencies having been measured on nothing."""
+    if any(Path(folder).glob("latency-synthetic-*.json")):
+        raise ProfileError(f"{folder}: its latencies are synthetic, for simulation only: there is nothing to serve")
+
+
+def save_choices(folder: Path, choices: Iterable[Choice]) -> None:
+    """Write the folder's choices.json, whole or not at all."""
+    _write(Path(folder) / "choices.json", {"schema": SCHEMA, "choices": [asdict(choice) for choice in choices]})
+
+
+def save_latencies(path: Path, device: Device, batch_sizes: Sequence[int], latencies: Mapping[str, Latencies]) -> None:
+    """Write one latency file, whole or not at all."""
+    rows = {
+        name: {"p50_ms": [_ms(value) for value in row.p50_s], "p99_ms": [_ms(value) for value in row.p99_s]}
+        for name, row in latencies.items()
+    }
+    document = {"schema": SCHEMA, "device": asdict(device), "batch_sizes": list(batch_sizes), "latencies": rows}
+    _write(path, document)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except ProfileError as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
+def _write(path: Path, document: Mapping[str, object]) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _read(path: Path, names: Sequence[str]) -> dict[str, object]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+    except OSError as error:
+        raise ProfileError(f"cannot be read: {error.strerror}") from error
+    except ProfileError:
+        raise
+    except ValueError as error:
+        raise ProfileError(f"is not JSON: {error}") from error
+    schema = document.get("schema") if isinstance(document, dict) else None
+    # The schema comes first: a file of another version has other fields, and that is not what is wrong with it.
+    if schema is not None and (type(schema) is not int or schema != SCHEMA):
+        raise ProfileError(f"schema: must be {SCHEMA}, not {schema!r}")
+    return _record(document, "", ("schema", *names))
+
+
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    seen: dict[str, object] = {}
+    for name, value in pairs:
+        if name in seen:
+            raise ProfileError(f"{name}: is there twice")
+        seen[name] = value
+    return seen
+
+
+def _parse_choice(value: object, where: str) -> Choice:
+    row = _record(value, where, [spec.name for spec in fields(Choice)])
+    tested = row["test_accuracy"]
+    return Choice(
+        name=_text(row["name"], f"{where}.name"),
+        kind=_text(row["kind"], f"{where}.kind", KINDS),
+        accuracy=_number(row["accuracy"], f"{where}.accuracy", 0, 1),
+        accuracy_samples=_count(row["accuracy_samples"], f"{where}.accuracy_samples", 1),
+        test_accuracy=None if tested is None else _number(tested, f"{where}.test_accuracy", 0, 1),
+        parameters=_count(row["parameters"], f"{where}.parameters", 1),
+        macs=_count(row["macs"], f"{where}.macs", 1),
+        frontier=_flag(row["frontier"], f"{where}.frontier"),
+    )
+
+
+def _parse_device(value: object) -> Device:
+    row = _record(value, "device", [spec.name for spec in fields(Device)])
+    return Device(
+        kind=_text(row["kind"], "device.kind", DEVICE_KINDS),
+        name=_text(row["name"], "device.name"),
+        torch=_text(row["torch"], "device.torch"),
+        dtype=_text(row["dtype"], "device.dtype"),
+        threads=_count(row["threads"], "device.threads", 0),
+        workers=_count(row["workers"], "device.workers", 1),
+    )
+
+
+def _parse_latencies(value: object, where: str) -> Latencies:
+    row = _record(value, where, ("p50_ms", "p99_ms"))
+
+    def seconds(name: str) -> tuple[float, ...]:
+        numbers = _array(row[name], f"{where}.{name}")
+        return tuple(_number(number, f"{where}.{name}", 0, LONGEST_S * 1e3) / 1e3 for number in numbers)
+
+    return Latencies(p50_s=seconds("p50_ms"), p99_s=seconds("p99_ms"))
+
+
+def _record(value: object, where: str, names: Sequence[str]) -> dict[str, object]:
+    """The value as an object with exactly these fields."""
+    row = _mapping(value, where)
+    prefix = f"{where}." if where else ""
+    for name in names:
+        if name not in row:
+            raise ProfileError(f"{prefix}{name}: missing")
+    for name in row:
+        if name not in names:
+            raise ProfileError(f"{prefix}{name}: unknown field; the fields are {', '.join(names)}")
+    return row
+
+
+def _mapping(value: object, where: str) -> dict[str, object]:
+    if not isinstance(value, dict):
+        raise ProfileError(f"{where + ': ' if where else ''}must be an object, not {value!r:.40}")
+    return value
+
+
+def _array(value: object, where: str) -> list[object]:
+    if not isinstance(value, list):
+        raise ProfileError(f"{where}: must be a list, not {value!r:.40}")
+    return value
+
+
+def _text(value: object, where: str, allowed: Sequence[str] = ()) -> str:
+    if not isinstance(value, str) or not value or (allowed and value not in allowed):
+        raise ProfileError(f"{where}: must be {' or '.join(allowed) or 'some text'}, not {value!r:.40}")
+    return value
+
+
+def _flag(value: object, where: str) -> bool:
+    if not isinstance(value, bool):
+        raise ProfileError(f"{where}: must be true or false, not {value!r:.40}")
+    return value
+
+
+def _number(value: object, where: str, low: float, high: float) -> float:
+    # NaN is in no range, and true is an int to Python.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ProfileError(f"{where}: must be a number from {low:g} to {high:g}, not {value!r:.40}")
+    return float(value)
+
+
+def _count(value: object, where: str, low: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= LARGEST:
+        raise ProfileError(f"{where}: must be a whole number from {low}, not {value!r:.40}")
+    return value

@@ -1,0 +1,76 @@
+"""Small supernets with random weights, and the digits supernet that the suite trains once; import what you need."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from scripts import datasets, train
+from servable import InputSpec, Servable, create_servable
+from supernet import Subnet, SubnetSpace
+
+torch.set_num_threads(1)  # tensors this small are slower on several threads
+
+STAGES = ("stages.0", "stages.1", "stages.2")
+SPACE = SubnetSpace(((1, 2), (1, 2), (1, 2)), ((0.25, 0.5, 1.0),) * 3)
+CLASSES = ("ant", "bee", "cat", "dog", "eel")
+INPUT = InputSpec(height=8, width=8, channels=3, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
+
+
+def randomise(network: nn.Module, seed: int = 0) -> nn.Module:
+    """Random norm weights and statistics too, so that a value taken from the wrong place shows."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                for name in ("weight", "bias", "running_mean", "running_var"):
+                    value = getattr(module, name)
+                    value.copy_(torch.rand(value.shape, generator=generator) + (0.5 if name != "bias" else -0.5))
+    return network
+
+
+def images(count: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Random normalised inputs."""
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def tiny_servable(calibrated: tuple[Subnet, ...] = (SPACE.smallest, SPACE.largest)) -> Servable:
+    """A supernet of 216 subnets for images of 8x8, the ends of its space calibrated; nothing was trained."""
+    torch.manual_seed(0)
+    servable = create_servable(
+        name="tiny",
+        family="resnet",
+        architecture={"channels": 3, "widths": (8, 8, 16), "depths": (2, 2, 2), "classes": 5, "stem_stride": 1},
+        space=SPACE,
+        input=INPUT,
+        classes=CLASSES,
+    )
+    for subnet in calibrated:
+        servable.supernet.calibrate(subnet, [images(4, seed=7)])
+    servable.supernet.network.requires_grad_(False).eval()
+    return servable
+
+
+@functools.cache
+def trained_digits(base: Path) -> Path:
+    """A folder below ``base`` with a digits supernet that train.py trained in seconds; do not change it."""
+    folder = base / "trained" / "digits"
+    train.main(["--data", "digits", "--out", str(folder), "--epochs", "4", "--threads", "1"])
+    return folder
+
+
+def noise(images: int = 128, name: str = "digits", side: int = 8, channels: int = 1) -> datasets.Dataset:
+    """Noise in the form of a data set, for tests of how things go rather than how well."""
+    rng = np.random.default_rng(0)
+    split = datasets.Split(rng.integers(0, 256, (images, side, side, channels), np.uint8), np.arange(images) % 10)
+    return datasets.Dataset(name, split, split, split, tuple("0123456789"), mirrored=False)
+
+
+@functools.cache
+def digits() -> datasets.Dataset:
+    """Scikit-learn's handwritten digits."""
+    return datasets.load("digits")
