@@ -20,7 +20,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import gc
-import heapq
 import itertools
 import json
 import logging
@@ -28,12 +27,10 @@ import math
 import signal
 import sys
 import time
-from bisect import bisect_left
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,22 +41,19 @@ from tqdm import tqdm
 
 import slackfit
 from config import Config, ConfigError, parse_arguments
-from engine import Engine, EngineError, Outputs, measure_latencies
+from dispatcher import Answer, Batch, DeadlineHeap, Dispatcher, Query, ReplySlot
+from engine import Engine, EngineError, measure_latencies
 from profiletable import refuse_synthetic
 from servable import load_servable
-from slackfit import Entry, ProfileError, ProfileTable
+from slackfit import ProfileError, ProfileTable
 from supernet import SupernetError
-from web.errors import (
-    BatchFailed,
-    DeadlineExceeded,
-    NotReady,
-    QueueFull,
-    ServeError,
-    TooLarge,
-    json_errors,
-    json_response,
-)
+from web.errors import DeadlineExceeded, NotReady, TooLarge, json_errors, json_response
 from web.inputs import Limits, Parameters, check_array, decode, parse_parameters
+
+__all__ = [
+    "Answer", "Batch", "Config", "DeadlineHeap", "Dispatcher", "Prediction", "Query", "Reply", "ReplySlot",
+    "SuperServe", "main", "make_app",
+]  # fmt: skip
 
 log = logging.getLogger("superserve")
 
@@ -73,256 +67,6 @@ PROFILED_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 # Larger bodies and images are decoded on a thread, so that one photograph does not hold up the queries of others.
 INLINE_BODY_BYTES = 32 * 1024
 INLINE_PIXELS = 256 * 256
-
-
-# ------------------------------------------------------------------------------------------------------------- queries
-
-
-class Answer(NamedTuple):
-    """What the engine found for one query."""
-
-    probabilities: NDArray[np.float32]
-    entry: Entry
-    batch_size: int
-    started_s: float
-    finished_s: float
-
-
-class ReplySlot(Protocol):
-    """Where a query's answer goes, once; an asyncio.Future in the server."""
-
-    def done(self) -> bool: ...  # noqa: D102
-    def set_result(self, result: Answer, /) -> None: ...  # noqa: D102
-    def set_exception(self, exception: BaseException, /) -> None: ...  # noqa: D102
-
-
-@dataclass(slots=True, eq=False, kw_only=True)
-class Query:
-    """One input with a deadline; ``priority`` breaks ties between equal deadlines, the higher first."""
-
-    input: NDArray[Any]
-    arrival_s: float
-    slo_s: float
-    reply: ReplySlot
-    min_accuracy: float = 0.0
-    priority: int = 0
-    waiting: bool = False
-    refused: bool = False
-
-    @property
-    def deadline_s(self) -> float:
-        """The instant by which the answer is due."""
-        return self.arrival_s + self.slo_s
-
-
-class DeadlineHeap:
-    """Waiting queries, most urgent first; equal deadlines by priority, then by arrival. Reads no clock.
-
-    A discarded query stays inside as a dead entry, skipped when it comes up and swept out when the dead prevail.
-    Queries mostly arrive in the order of their deadlines, so that the heap is mostly a sorted list: it is kept one as
-    long as that costs nothing, and ``deadlines_s`` then has nothing to sort.
-    """
-
-    def __init__(self) -> None:
-        self._entries: list[tuple[float, int, Query]] = []
-        self._sorted = True
-        self._sequence = itertools.count()
-        self._alive = 0
-
-    def __len__(self) -> int:
-        return self._alive
-
-    def push(self, query: Query) -> None:
-        """Add a query."""
-        entry = query.deadline_s, next(self._sequence) - (query.priority << 48), query
-        self._sorted = not self._entries or (self._sorted and self._entries[-1] < entry)
-        heapq.heappush(self._entries, entry)
-        query.waiting = True
-        self._alive += 1
-
-    @property
-    def head(self) -> Query:
-        """The most urgent query; IndexError when empty."""
-        while not self._entries[0][2].waiting:
-            self._pop_entry()
-        return self._entries[0][2]
-
-    @property
-    def head_deadline_s(self) -> float:
-        """When the most urgent query is due."""
-        return self.head.deadline_s
-
-    def pop(self) -> Query:
-        """Take out the most urgent query."""
-        query = self.head
-        self._pop_entry()
-        query.waiting = False
-        self._alive -= 1
-        return query
-
-    def _pop_entry(self) -> None:
-        if self._sorted:
-            del self._entries[0]
-        else:
-            heapq.heappop(self._entries)
-
-    def discard(self, query: Query) -> bool:
-        """Take out a query from anywhere; False if it was not waiting."""
-        if not query.waiting:
-            return False
-        query.waiting = False
-        self._alive -= 1
-        if len(self._entries) > 2 * self._alive + 16:
-            self._entries = [entry for entry in self._entries if entry[2].waiting]
-            if not self._sorted:
-                heapq.heapify(self._entries)
-        return True
-
-    def deadlines_s(self) -> Sequence[float]:
-        """All deadlines, ascending. Sorts in place: a sorted list is a heap."""
-        if not self._sorted:
-            self._entries.sort()
-            self._sorted = True
-        return [deadline_s for deadline_s, _, query in self._entries if query.waiting]
-
-
-# ---------------------------------------------------------------------------------------------------------- dispatcher
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """Queries that run together on one entry of the table."""
-
-    entry: Entry
-    queries: tuple[Query, ...]
-    started_s: float
-
-
-class Dispatcher:
-    """Decides what happens to each query, and answers it exactly once. Synchronous; the clock is passed in.
-
-    ``counters`` holds arrivals and outcomes: in_time, late, expired (deadline passed while waiting), given_up (the
-    policy dropped it early), infeasible and queue_full (rejected on arrival), failed, cancelled. When nothing is
-    waiting or running, outcomes sum to arrivals.
-    """
-
-    def __init__(
-        self, table: ProfileTable, policy: slackfit.Policy, clock: Callable[[], float], *, workers: int, max_queue: int
-    ) -> None:
-        self.table, self.policy, self.clock = table, policy, clock
-        self.heap = DeadlineHeap()
-        self.counters: Counter[str] = Counter()
-        self.idle_workers = workers
-        self.overhead_s = 0.0
-        self._workers = workers
-        self._max_queue = max_queue
-        self._accuracies = [entry.accuracy for entry in table.entries]
-
-    def submit(self, query: Query) -> None:
-        """Accept a query, or raise QueueFull or DeadlineExceeded."""
-        self.counters["arrivals"] += 1
-        if len(self.heap) >= self._max_queue:
-            self.counters["queue_full"] += 1
-            raise QueueFull(f"the queue is full ({self._max_queue} queries)", retry_after_s=1)
-        now_s = self.clock()
-        needed_s = self.overhead_s + self.table.entries[self._lowest(query)].latency_s[1]
-        if now_s + needed_s > query.deadline_s:
-            self.counters["infeasible"] += 1
-            if not self.heap and self.idle_workers == self._workers:
-                # No answer is on its way that could correct the estimate: a stall long past would refuse all for ever.
-                self.overhead_s /= 2
-            raise self._too_late(query, "the deadline cannot be met", predicted_s=now_s + needed_s - query.arrival_s)
-        self.policy.arrived(now_s, query.slo_s)
-        self.heap.push(query)
-
-    def cancel(self, query: Query) -> None:
-        """The client of a query went away: free its place. A query refused at that very moment is counted as such."""
-        self.heap.discard(query)
-        if not query.refused:
-            self.counters["cancelled"] += 1
-
-    def expire(self) -> None:
-        """Answer all waiting queries whose deadline has passed."""
-        now_s = self.clock()
-        while self.heap and self.heap.head_deadline_s <= now_s:
-            self._give_up("expired", "the deadline passed while the query was waiting")
-
-    def abandon(self) -> None:
-        """Answer all waiting queries: there is no time left to run them."""
-        while self.heap:
-            self._refuse(self.heap.pop(), "failed", NotReady("stopping", retry_after_s=1))
-
-    def next_batch(self) -> Batch | None:
-        """What an idle worker is to run now; None when there is no worker or nothing to run."""
-        while self.heap and self.idle_workers:
-            now_s = self.clock()
-            lowest = self._lowest(self.heap.head)
-            decision = self.policy.decide(now_s + self.overhead_s, self.heap, lowest)
-            for _ in range(decision.give_up):
-                self._give_up("given_up", "the deadline cannot be met: more urgent work is ahead")
-                if self.heap and self._lowest(self.heap.head) != lowest:
-                    break  # decided for another accuracy floor than this one's
-            else:
-                if decision.entry is not None:
-                    self.idle_workers -= 1
-                    queries = self._take(decision.entry, decision.batch_size)
-                    return Batch(entry=decision.entry, queries=queries, started_s=now_s)
-                if not decision.give_up:
-                    return None
-        return None
-
-    def settle(self, batch: Batch, outputs: Outputs) -> None:
-        """Give each query of a finished batch its row; raises BatchFailed when rows and queries do not match."""
-        if len(outputs.probabilities) != len(batch.queries):
-            raise BatchFailed(f"{len(outputs.probabilities)} outputs for {len(batch.queries)} inputs")
-        usable = [bool(good) for good in np.isfinite(outputs.probabilities).min(axis=1)]
-        self.idle_workers += 1  # nothing can fail from here on, and fail() counts the worker itself
-        for row, good, query in zip(outputs.probabilities, usable, batch.queries, strict=True):
-            if not good:
-                self._refuse(query, "failed", BatchFailed("the network's output is not finite for this input"))
-            elif not query.reply.done():
-                answer = Answer(row, batch.entry, len(batch.queries), batch.started_s, outputs.finished_s)
-                query.reply.set_result(answer)
-
-    def fail(self, batch: Batch, message: str) -> None:
-        """Answer all queries of a batch that could not be computed."""
-        self.idle_workers += 1
-        for query in batch.queries:
-            self._refuse(query, "failed", BatchFailed(message))
-
-    def deliver(self, query: Query, answer: Answer) -> float:
-        """Count an answer that is on its way to the client; returns the instant."""
-        now_s = self.clock()
-        self.counters["in_time" if now_s <= query.deadline_s else "late"] += 1
-        # Follows a rise at once and forgets slowly: an optimistic estimate costs deadlines, a pessimistic one little.
-        seen_s = now_s - answer.finished_s
-        self.overhead_s += (seen_s - self.overhead_s) * (0.3 if seen_s > self.overhead_s else 0.005)
-        return now_s
-
-    def _lowest(self, query: Query) -> int:
-        return min(bisect_left(self._accuracies, query.min_accuracy), len(self._accuracies) - 1)
-
-    def _take(self, entry: Entry, size: int) -> tuple[Query, ...]:
-        """The most urgent queries, up to the first whose accuracy floor this entry does not reach."""
-        taken = [self.heap.pop()]
-        while len(taken) < size and self.heap.head.min_accuracy <= entry.accuracy:
-            taken.append(self.heap.pop())
-        return tuple(taken)
-
-    def _give_up(self, outcome: str, message: str) -> None:
-        query = self.heap.pop()
-        self._refuse(query, outcome, self._too_late(query, message, predicted_s=None))
-
-    def _refuse(self, query: Query, outcome: str, error: ServeError) -> None:
-        if not query.reply.done():  # else its client has just gone, and cancel() is about to be called
-            query.refused = True
-            self.counters[outcome] += 1
-            query.reply.set_exception(error)
-
-    def _too_late(self, query: Query, message: str, predicted_s: float | None) -> DeadlineExceeded:
-        predicted_ms = None if predicted_s is None else round(predicted_s * 1e3, 3)
-        slo_ms = round(query.slo_s * 1e3, 3)
-        return DeadlineExceeded(message, slo_ms=slo_ms, predicted_ms=predicted_ms, queue_depth=len(self.heap))
 
 
 # ------------------------------------------------------------------------------------------------------------- serving
@@ -633,7 +377,13 @@ async def handle_predict(request: web.Request) -> web.Response:
     parameters = parse_parameters(request.query, request.headers, serve.limits())
     if request.client_max_size != serve.config.max_body_bytes:  # mounted in an application that has its own limit
         request = request.clone(client_max_size=serve.config.max_body_bytes)
-    decoded = await serve.decode(await request.read(), request.content_type)
+    try:
+        async with asyncio.timeout(parameters.slo_s):
+            body = await request.read()
+    except TimeoutError:
+        message = "the deadline passed while the body was on its way"
+        raise DeadlineExceeded(message, slo_ms=round(parameters.slo_s * 1e3, 3)) from None
+    decoded = await serve.decode(body, request.content_type)
     return json_response((await serve.submit(decoded, arrival_s, parameters)).document())
 
 
@@ -725,7 +475,7 @@ def _outcomes(serve: SuperServe) -> dict[str, int]:
 class JsonLines(logging.Formatter):
     """One JSON object a line: time, level, event, and the fields given to ``log_event``."""
 
-    def format(self, record: logging.LogRecord) -> str:  # noqa: D102
+    def format(self, record: logging.LogRecord) -> str:
         line = {"time": self.formatTime(record), "level": record.levelname.lower(), "event": record.getMessage()}
         line |= getattr(record, "fields", {})
         if record.exc_info:

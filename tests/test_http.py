@@ -32,6 +32,7 @@ from serving import LARGE, SMALL, FakeEngine, config_of, fake_engine, image_arra
 import superserve
 from config import Config
 from superserve import SERVE, SuperServe, make_app
+from web.errors import json_errors
 
 Client = TestClient[web.Request, web.Application]
 
@@ -699,3 +700,29 @@ def test_a_damaged_profile_ends_the_command_with_one_line_and_1(own: Path) -> No
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout) == (1, "")
     assert re.fullmatch(r"superserve: .*weights\.npz: .*\n", ended.stderr)
+
+
+async def test_an_unforeseen_error_is_told_as_json_and_logged_but_not_explained(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def broken(_: web.Request) -> web.Response:
+        raise RuntimeError("a secret path")
+
+    app = web.Application(middlewares=[json_errors])
+    app.router.add_get("/broken", broken)
+    async with TestClient(TestServer(app)) as client:
+        response = await client.get("/broken")
+        text = await response.text()
+    assert (response.status, response.content_type) == (500, "application/json")
+    assert json.loads(text)["reason"] == "internal"
+    assert "secret" not in text
+    assert "a secret path" in caplog.text
+
+
+async def test_an_upload_that_outlasts_its_slo_gets_504(config: Config) -> None:
+    async with serving_app(config) as running:
+        reader, writer = await asyncio.open_connection(running.client.host, running.client.port)
+        writer.write(b"POST /predict?slo_ms=30 HTTP/1.1\r\nHost: x\r\nContent-Length: 192\r\n\r\n" + bytes(100))
+        status = await reader.readline()
+        writer.close()
+    assert status.split()[1] == b"504"

@@ -132,7 +132,7 @@ def test_an_image_of_the_network_s_size_is_not_touched() -> None:
 
 
 def test_an_image_with_the_size_of_a_tensor_is_still_an_image() -> None:
-    for format in ("PNG", "BMP", "GIF", "WEBP", "TIFF"):
+    for format in ("PNG", "BMP", "GIF", "WEBP"):
         flat = encode(np.full((8, 8, 3), 200, np.uint8), format, **({"lossless": True} if format == "WEBP" else {}))
         assert len(flat) <= 768
         padded = flat + bytes(768 - len(flat))
@@ -165,8 +165,8 @@ def test_a_photograph_is_turned_upright(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("shape", [SHAPE, GRAY])
 def test_all_colour_modes_are_converted(mode: str, shape: Shape) -> None:
     file = io.BytesIO()
-    Image.new(mode, (9, 9)).save(file, "TIFF")
-    image = read(file.getvalue(), "image/tiff", shape)
+    Image.new(mode, (9, 9)).save(file, "JPEG" if mode == "CMYK" else "PNG")
+    image = read(file.getvalue(), "image/png", shape)
     assert (image.shape, image.dtype) == ((8, 8, shape.channels), np.uint8)
 
 

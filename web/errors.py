@@ -13,10 +13,13 @@ ServeError                500
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Awaitable, Callable
 from typing import ClassVar
 
 from aiohttp import web
+
+log = logging.getLogger("superserve")
 
 
 class ServeError(Exception):
@@ -109,7 +112,7 @@ def _routing_error(request: web.Request, error: web.HTTPException) -> web.Respon
 async def json_errors(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
-    """Answer every error as JSON; what is not a ServeError and not aiohttp's own is left to aiohttp to log as a 500."""
+    """Answer every error as JSON, also one that nobody foresaw: it is logged, and the client is told no more."""
     try:
         return await handler(request)
     except ServeError as error:
@@ -118,3 +121,6 @@ async def json_errors(
         if error.status < 400:
             raise
         return _routing_error(request, error)
+    except Exception:
+        log.exception("a request failed", extra={"fields": {"method": request.method, "path": request.path}})
+        return error_response(ServeError("the server failed at this request; its log says why"))
