@@ -481,8 +481,6 @@ _CHANNELWISE = {
 def _is_inner(node: fx.Node, block: nn.Module) -> bool:
     """Whether all that reads this convolution's output, through channelwise operations, is another convolution."""
     for user in node.users:
-        if user.op == "output" or len(user.all_input_nodes) > 1:
-            return False
         module = block.get_submodule(str(user.target)) if user.op == "call_module" else None
         if isinstance(module, nn.Conv2d):
             continue

@@ -105,7 +105,7 @@ def _curves(rows: Rows, label: str) -> Figure:
         panel.set_xlabel(label)
         panel.set_title(title, fontsize=9)
         panel.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-        if places[-1] >= 4 * places[0] > 0:
+        if places[-1] >= 4 * places[0] >= 4:
             panel.set_xscale("log", base=2)
             panel.set_xticks(places, [f"{x:g}" for x in places])
     _legend(figure)

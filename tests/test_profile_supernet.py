@@ -105,7 +105,9 @@ def test_a_finished_search_is_not_repeated(profile: Path, tmp_path: Path) -> Non
     shutil.copytree(profile, folder)
     profile_supernet.main(arguments(folder))
     assert (folder / "search.jsonl").read_bytes() == (profile / "search.jsonl").read_bytes()
-    assert (folder / "choices.json").read_bytes() == (profile / "choices.json").read_bytes()
+    # Which of them are on the frontier may differ, since latencies are measured anew.
+    before, after = map(slackfit.load_choices, (profile, folder))
+    assert [(each.name, each.accuracy) for each in after] == [(each.name, each.accuracy) for each in before]
 
 
 @pytest.mark.slow
