@@ -146,8 +146,39 @@ class Batch:
     started_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class SlowedQueue:
+    """The waiting queries as a policy must see them while batches take ``factor`` times as long as the table says.
+
+    A policy compares latencies with slack, so that slack divided by the factor does what multiplying the table would.
+    """
+
+    heap: DeadlineHeap
+    now_s: float
+    factor: float
+
+    def __len__(self) -> int:
+        return len(self.heap)
+
+    @property
+    def head_deadline_s(self) -> float:
+        """When the most urgent query is due, slack shortened."""
+        return self.now_s + (self.heap.head_deadline_s - self.now_s) / self.factor
+
+    def deadlines_s(self) -> Sequence[float]:
+        """All deadlines, ascending, slack shortened."""
+        return [self.now_s + (deadline_s - self.now_s) / self.factor for deadline_s in self.heap.deadlines_s()]
+
+
+# The slowdown that is followed; slower than this is a hang, not a device to plan for.
+MOST_SLOWDOWN = 20.0
+
+
 class Dispatcher:
     """Decides what happens to each query, and answers it exactly once. Synchronous; the clock is passed in.
+
+    ``slowdown`` is how much longer batches take than the table says, learnt from those that finish: a hot device or a
+    busy neighbour is followed within a few batches.
 
     ``counters`` holds arrivals and outcomes: in_time, late, expired (deadline passed while waiting), given_up (the
     policy dropped it early), infeasible and queue_full (rejected on arrival), failed, cancelled. When nothing is
@@ -162,6 +193,7 @@ class Dispatcher:
         self.counters: Counter[str] = Counter()
         self.idle_workers = workers
         self.overhead_s = 0.0
+        self.slowdown = 1.0
         self._workers = workers
         self._max_queue = max_queue
         self._accuracies = [entry.accuracy for entry in table.entries]
@@ -173,14 +205,15 @@ class Dispatcher:
             self.counters["queue_full"] += 1
             raise QueueFull(f"the queue is full ({self._max_queue} queries)", retry_after_s=1)
         now_s = self.clock()
-        needed_s = self.overhead_s + self.table.entries[self._lowest(query)].latency_s[1]
+        needed_s = self.overhead_s + self.slowdown * self.table.entries[self._lowest(query)].latency_s[1]
         if now_s + needed_s > query.deadline_s:
             self.counters["infeasible"] += 1
             if not self.heap and self.idle_workers == self._workers:
-                # No answer is on its way that could correct the estimate: a stall long past would refuse all for ever.
+                # No answer is on its way that could correct the estimates: a stall long past would refuse all for ever.
                 self.overhead_s /= 2
+                self.slowdown = max(1.0, self.slowdown / 2)
             raise self._too_late(query, "the deadline cannot be met", predicted_s=now_s + needed_s - query.arrival_s)
-        self.policy.arrived(now_s, query.slo_s)
+        self.policy.arrived(now_s, query.slo_s / self.slowdown)
         self.heap.push(query)
 
     def cancel(self, query: Query) -> None:
@@ -205,7 +238,7 @@ class Dispatcher:
         while self.heap and self.idle_workers:
             now_s = self.clock()
             lowest = self._lowest(self.heap.head)
-            decision = self.policy.decide(now_s + self.overhead_s, self.heap, lowest)
+            decision = self.policy.decide(now_s + self.overhead_s, self._queue(now_s + self.overhead_s), lowest)
             for _ in range(decision.give_up):
                 self._give_up("given_up", "the deadline cannot be met: more urgent work is ahead")
                 if self.heap and self._lowest(self.heap.head) != lowest:
@@ -225,6 +258,7 @@ class Dispatcher:
             raise BatchFailed(f"{len(outputs.probabilities)} outputs for {len(batch.queries)} inputs")
         usable = [bool(good) for good in np.isfinite(outputs.probabilities).min(axis=1)]
         self.idle_workers += 1  # nothing can fail from here on, and fail() counts the worker itself
+        self._learn(batch, outputs.finished_s - batch.started_s)
         for row, good, query in zip(outputs.probabilities, usable, batch.queries, strict=True):
             if not good:
                 self._refuse(query, "failed", BatchFailed("the network's output is not finite for this input"))
@@ -246,6 +280,15 @@ class Dispatcher:
         seen_s = now_s - answer.finished_s
         self.overhead_s += (seen_s - self.overhead_s) * (0.3 if seen_s > self.overhead_s else 0.005)
         return now_s
+
+    def _learn(self, batch: Batch, taken_s: float) -> None:
+        """Follow the slowdown, up quickly and down slowly; the table's own high percentile is the least it can be."""
+        seen = taken_s / batch.entry.latency_s[len(batch.queries)]
+        followed = self.slowdown + (seen - self.slowdown) * (0.3 if seen > self.slowdown else 0.03)
+        self.slowdown = min(max(1.0, followed), MOST_SLOWDOWN)
+
+    def _queue(self, now_s: float) -> DeadlineHeap | SlowedQueue:
+        return self.heap if self.slowdown < 1.01 else SlowedQueue(self.heap, now_s, self.slowdown)
 
     def _lowest(self, query: Query) -> int:
         return min(bisect_left(self._accuracies, query.min_accuracy), len(self._accuracies) - 1)

@@ -11,7 +11,7 @@ import asyncio
 import platform
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,9 +163,15 @@ class Engine:
             torch.set_num_threads(self._threads)  # counts for the calling thread
             self._local.worker = Worker(self._normaliser)
 
-    async def run(self, name: str, inputs: Sequence[NDArray[Any]]) -> Outputs:
-        """Class probabilities of a batch on the subnet of this name; raises what the device raised."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._compute, name, inputs)
+    def run(self, name: str, inputs: Sequence[NDArray[Any]]) -> Awaitable[Outputs]:
+        """Start a batch on the subnet of this name at once; awaiting gives its outputs, or raises what the device did."""
+        loop = asyncio.get_running_loop()
+        try:
+            return loop.run_in_executor(self._pool, self._compute, name, inputs)
+        except RuntimeError as error:  # the engine is closed
+            refused: asyncio.Future[Outputs] = loop.create_future()
+            refused.set_exception(EngineError(str(error)))
+            return refused
 
     def actuate(self, name: str) -> ActuatedSubnet:
         """The subnet of this name, ready to run: a look-up after the first time."""

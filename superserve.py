@@ -27,7 +27,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from tqdm import tqdm
 import slackfit
 from config import Config, ConfigError, parse_arguments
 from dispatcher import Answer, Batch, DeadlineHeap, Dispatcher, Query, ReplySlot
-from engine import Engine, EngineError, measure_latencies
+from engine import Engine, EngineError, Outputs, measure_latencies
 from profiletable import refuse_synthetic
 from servable import load_servable
 from slackfit import ProfileError, ProfileTable
@@ -278,7 +278,9 @@ class SuperServe:
         self._pump_due = False
         self.dispatcher.expire()
         while (batch := self.dispatcher.next_batch()) is not None:
-            task = asyncio.get_running_loop().create_task(self._run(batch, self.dispatcher))
+            # Submitted here and not in the task, which would begin only after what else this turn of the loop holds.
+            running = self.engine.run(batch.entry.name, [query.input for query in batch.queries])
+            task = asyncio.get_running_loop().create_task(self._finish(batch, running, self.dispatcher))
             self._batches.add(task)
             task.add_done_callback(self._batches.discard)
         if self.dispatcher.heap and self.dispatcher.heap.head_deadline_s < self._expiry_s:
@@ -295,11 +297,10 @@ class SuperServe:
         self._expiry, self._expiry_s = None, math.inf
         self._pump()
 
-    async def _run(self, batch: Batch, dispatcher: Dispatcher) -> None:
-        """Compute one batch; whatever goes wrong, only its own queries fail."""
+    async def _finish(self, batch: Batch, running: Awaitable[Outputs], dispatcher: Dispatcher) -> None:
+        """Wait for one batch and settle it; whatever goes wrong, only its own queries fail."""
         try:
-            outputs = await self.engine.run(batch.entry.name, [query.input for query in batch.queries])
-            dispatcher.settle(batch, outputs)
+            dispatcher.settle(batch, await running)
         except Exception as error:  # noqa: BLE001 the one broad except: it guards one batch
             log_event("batch failed", logging.ERROR, error, subnet=batch.entry.name, batch_size=len(batch.queries))
             dispatcher.fail(batch, f"the batch could not be computed: {type(error).__name__}")

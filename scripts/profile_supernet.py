@@ -136,7 +136,7 @@ class Search:
         return self._timed_together()
 
     def _timed_together(self) -> list[Candidate]:
-        """All that was found, with latencies measured anew in common rounds: those of the search are from many hours."""
+        """All that was found, latencies measured anew in common rounds: the search spans quiet and busy hours."""
         names = list(self.found)
         samples = asyncio.run(measure_latencies(self.engine, names, [self.batch_size], 9, lambda: None))
         return [replace(self.found[name], latency_s=float(np.median(samples[name][0]))) for name in names]

@@ -52,7 +52,7 @@ PRESETS = {
         widths=(64, 128, 256), depths=2, expands=(0.125, 0.25, 0.5, 1.0), stem_stride=2, crop=4, epochs=24
     ),
     "digits": Preset(
-        widths=(16, 32, 64), depths=3, expands=(0.0625, 0.25, 1.0), stem_stride=1, crop=1, epochs=8, threads=1
+        widths=(8, 16, 32), depths=3, expands=(0.125, 0.25, 0.5, 1.0), stem_stride=1, crop=1, epochs=8, threads=1
     ),
 }
 # Of a network that was trained before: profile_supernet.py makes them anew.

@@ -297,6 +297,7 @@ def test_operators_are_not_inserted_twice() -> None:
         insert_operators(network, STAGES, SPACE)
 
 
+@pytest.mark.slow
 def test_without_ratios_any_block_has_elastic_depth() -> None:
     torch.manual_seed(0)
     network = randomise(OneStage(*blocks(reshaping_way))).eval()
@@ -382,6 +383,7 @@ class PreActivationNet(nn.Module):
 TWO_STAGES = SubnetSpace(((1, 2), (1, 2)), ((0.5, 1.0), (0.25, 0.5, 1.0)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "stages", "elastic"),
     [
