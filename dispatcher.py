@@ -213,7 +213,7 @@ class Dispatcher:
                 self.overhead_s /= 2
                 self.slowdown = max(1.0, self.slowdown / 2)
             raise self._too_late(query, "the deadline cannot be met", predicted_s=now_s + needed_s - query.arrival_s)
-        self.policy.arrived(now_s, query.slo_s / self.slowdown)
+        self.policy.arrived(now_s, max(0.0, query.slo_s - self.overhead_s) / self.slowdown)
         self.heap.push(query)
 
     def cancel(self, query: Query) -> None:
@@ -284,7 +284,7 @@ class Dispatcher:
     def _learn(self, batch: Batch, taken_s: float) -> None:
         """Follow the slowdown, up quickly and down slowly; the table's own high percentile is the least it can be."""
         seen = taken_s / batch.entry.latency_s[len(batch.queries)]
-        followed = self.slowdown + (seen - self.slowdown) * (0.3 if seen > self.slowdown else 0.03)
+        followed = self.slowdown + (seen - self.slowdown) * (0.3 if seen > self.slowdown else 0.01)
         self.slowdown = min(max(1.0, followed), MOST_SLOWDOWN)
 
     def _queue(self, now_s: float) -> DeadlineHeap | SlowedQueue:
