@@ -27,6 +27,7 @@ class Config:
     policy: str = "halfslo"
     workers: int = 1
     threads: int = 0
+    margin: float = 0.15
     max_queue: int = 1000
     default_slo_ms: float = 100.0
     max_slo_ms: float = 60_000.0
@@ -38,9 +39,9 @@ class Config:
 
     def __post_init__(self) -> None:
         allowed = {
-            "port": (0, 65535), "workers": (1, 64), "threads": (0, 1024), "max_queue": (1, 1_000_000),
-            "max_slo_ms": (1, 3_600_000), "default_slo_ms": (0.1, self.max_slo_ms), "max_body_bytes": (1, 2**30),
-            "max_pixels": (1, 2**30), "drain_timeout_s": (0, 3600), "summary_s": (0, 86_400),
+            "port": (0, 65535), "workers": (1, 64), "threads": (0, 1024), "margin": (0, 10),
+            "max_queue": (1, 1_000_000), "max_slo_ms": (1, 3_600_000), "default_slo_ms": (0.1, self.max_slo_ms),
+            "max_body_bytes": (1, 2**30), "max_pixels": (1, 2**30), "drain_timeout_s": (0, 3600), "summary_s": (0, 86_400),
         }  # fmt: skip
         for name, (low, high) in allowed.items():
             if not low <= getattr(self, name) <= high:
@@ -100,6 +101,7 @@ _HELP = {
     "policy": "how a subnet and a batch size are chosen; see below",
     "workers": "batches that run at the same time: CUDA streams, or thread groups on a CPU",
     "threads": "CPU threads per worker; 0: all cores but one, shared between the workers",
+    "margin": "plan with latencies longer by this fraction than measured, for what cannot be foreseen",
     "max_queue": "waiting queries beyond which new ones get 429",
     "default_slo_ms": "SLO of requests that state none, in milliseconds",
     "max_slo_ms": "longest SLO that a request may state, in milliseconds",

@@ -178,7 +178,8 @@ class Dispatcher:
     """Decides what happens to each query, and answers it exactly once. Synchronous; the clock is passed in.
 
     ``slowdown`` is how much longer batches take than the table says, learnt from those that finish: a hot device or a
-    busy neighbour is followed within a few batches.
+    busy neighbour is followed within a few batches. ``margin`` is added to every latency, as a fraction of it, for what
+    cannot be foreseen.
 
     ``counters`` holds arrivals and outcomes: in_time, late, expired (deadline passed while waiting), given_up (the
     policy dropped it early), infeasible and queue_full (rejected on arrival), failed, cancelled. When nothing is
@@ -186,7 +187,14 @@ class Dispatcher:
     """
 
     def __init__(
-        self, table: ProfileTable, policy: Policy, clock: Callable[[], float], *, workers: int, max_queue: int
+        self,
+        table: ProfileTable,
+        policy: Policy,
+        clock: Callable[[], float],
+        *,
+        workers: int,
+        max_queue: int,
+        margin: float = 0.0,
     ) -> None:
         self.table, self.policy, self.clock = table, policy, clock
         self.heap = DeadlineHeap()
@@ -196,6 +204,7 @@ class Dispatcher:
         self.slowdown = 1.0
         self._workers = workers
         self._max_queue = max_queue
+        self._margin = margin
         self._accuracies = [entry.accuracy for entry in table.entries]
 
     def submit(self, query: Query) -> None:
@@ -205,7 +214,7 @@ class Dispatcher:
             self.counters["queue_full"] += 1
             raise QueueFull(f"the queue is full ({self._max_queue} queries)", retry_after_s=1)
         now_s = self.clock()
-        needed_s = self.overhead_s + self.slowdown * self.table.entries[self._lowest(query)].latency_s[1]
+        needed_s = self.overhead_s + self._stretch * self.table.entries[self._lowest(query)].latency_s[1]
         if now_s + needed_s > query.deadline_s:
             self.counters["infeasible"] += 1
             if not self.heap and self.idle_workers == self._workers:
@@ -213,7 +222,7 @@ class Dispatcher:
                 self.overhead_s /= 2
                 self.slowdown = max(1.0, self.slowdown / 2)
             raise self._too_late(query, "the deadline cannot be met", predicted_s=now_s + needed_s - query.arrival_s)
-        self.policy.arrived(now_s, max(0.0, query.slo_s - self.overhead_s) / self.slowdown)
+        self.policy.arrived(now_s, max(0.0, query.slo_s - self.overhead_s) / self._stretch)
         self.heap.push(query)
 
     def cancel(self, query: Query) -> None:
@@ -277,18 +286,24 @@ class Dispatcher:
         now_s = self.clock()
         self.counters["in_time" if now_s <= query.deadline_s else "late"] += 1
         # Follows a rise at once and forgets slowly: an optimistic estimate costs deadlines, a pessimistic one little.
-        seen_s = now_s - answer.finished_s
+        # Twice what is seen: requests wait before they are read as answers do before they are written.
+        seen_s = 2 * (now_s - answer.finished_s)
         self.overhead_s += (seen_s - self.overhead_s) * (0.3 if seen_s > self.overhead_s else 0.005)
         return now_s
 
     def _learn(self, batch: Batch, taken_s: float) -> None:
         """Follow the slowdown, up quickly and down slowly; the table's own high percentile is the least it can be."""
         seen = taken_s / batch.entry.latency_s[len(batch.queries)]
-        followed = self.slowdown + (seen - self.slowdown) * (0.3 if seen > self.slowdown else 0.01)
+        followed = self.slowdown + (seen - self.slowdown) * (0.2 if seen > self.slowdown else 0.02)
         self.slowdown = min(max(1.0, followed), MOST_SLOWDOWN)
 
     def _queue(self, now_s: float) -> DeadlineHeap | SlowedQueue:
-        return self.heap if self.slowdown < 1.01 else SlowedQueue(self.heap, now_s, self.slowdown)
+        return self.heap if self._stretch < 1.01 else SlowedQueue(self.heap, now_s, self._stretch)
+
+    @property
+    def _stretch(self) -> float:
+        """What a latency of the table is multiplied by to plan with it."""
+        return self.slowdown * (1 + self._margin)
 
     def _lowest(self, query: Query) -> int:
         return min(bisect_left(self._accuracies, query.min_accuracy), len(self._accuracies) - 1)

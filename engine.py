@@ -8,6 +8,7 @@ by name; it knows no queue, deadline or HTTP.
 from __future__ import annotations
 
 import asyncio
+import os
 import platform
 import threading
 import time
@@ -28,6 +29,12 @@ from supernet import ActuatedSubnet, Subnet
 
 class EngineError(RuntimeError):
     """The device that was asked for is not there, or a batch could not be computed."""
+
+
+# How many prepared operations torch and oneDNN keep, 1024 each unless told. They pay where shapes repeat; here a batch may
+# have any size on any subnet, and the caches grew to hundreds of megabytes without making anything faster. Read at first
+# use.
+_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +143,8 @@ class Engine:
 
     def __init__(self, servable: Servable, device: str = "auto", workers: int = 1, threads: int = 1) -> None:
         """``device``: auto, cpu, cuda or cuda:N; ``threads``: CPU threads per worker."""
+        for name in _CACHES:
+            os.environ.setdefault(name, "16")
         self._servable = servable
         self._device = _resolve(device)
         cuda = self._device.type == "cuda"

@@ -315,7 +315,12 @@ class SuperServe:
     def _use(self, table: ProfileTable) -> None:
         policy = slackfit.make_policy(self.config.policy, table, self.config.workers)
         self.dispatcher = Dispatcher(
-            table, policy, self.clock, workers=self.config.workers, max_queue=self.config.max_queue
+            table,
+            policy,
+            self.clock,
+            workers=self.config.workers,
+            max_queue=self.config.max_queue,
+            margin=self.config.margin,
         )
 
     def _table_path(self) -> tuple[Path, slackfit.Device]:
