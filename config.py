@@ -41,7 +41,8 @@ class Config:
         allowed = {
             "port": (0, 65535), "workers": (1, 64), "threads": (0, 1024), "margin": (0, 10),
             "max_queue": (1, 1_000_000), "max_slo_ms": (1, 3_600_000), "default_slo_ms": (0.1, self.max_slo_ms),
-            "max_body_bytes": (1, 2**30), "max_pixels": (1, 2**30), "drain_timeout_s": (0, 3600), "summary_s": (0, 86_400),
+            "max_body_bytes": (1, 2**30), "max_pixels": (1, 2**30), "drain_timeout_s": (0, 3600),
+            "summary_s": (0, 86_400),
         }  # fmt: skip
         for name, (low, high) in allowed.items():
             if not low <= getattr(self, name) <= high:

@@ -166,8 +166,8 @@ class Trainer:
         for step, (images, labels) in enumerate(bar):
             for group in self.optimizer.param_groups:
                 group["lr"] = recipe.learning_rate_at((self.epoch + (step + 1) / steps) / recipe.epochs)
-            x = normalise(images, self.servable.input)
-            losses.append(self._step(x, torch.from_numpy(labels), python_rng))
+            x, device = normalise(images, self.servable.input), self.supernet.device
+            losses.append(self._step(x.to(device), torch.from_numpy(labels).to(device), python_rng))
             bar.set_postfix(loss=f"{losses[-1]:.3f}")
         self.epoch += 1
         return {"loss": float(np.mean(losses)), "seconds": round(time.perf_counter() - started, 1)}
@@ -185,7 +185,7 @@ class Trainer:
         return loss.item()
 
     def _logits(self, subnet: Subnet, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bfloat16):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.recipe.bfloat16):
             return self.supernet.for_training(subnet)(x).float()
 
     def save(self, path: Path) -> None:
@@ -201,7 +201,7 @@ class Trainer:
 
     def resume(self, path: Path) -> None:
         """Continue from what ``save`` wrote, for a network of the same form."""
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True, map_location=self.supernet.device)
         self.supernet.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch = state["epoch"]
@@ -254,6 +254,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--distill-weight", type=float, default=1.0, help="loss of each smaller subnet counts so much")
     parser.add_argument("--image-size", type=int, default=32, help="side to which a folder's images are resized")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; default: torch's choice, or 1 for digits")
     parser.add_argument("--bfloat16", action="store_true", help="compute in bfloat16 where the processor is fast at it")
     parser.add_argument("--resume", action="store_true", help="continue from OUT/checkpoint.pt")
@@ -282,11 +283,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         data = datasets.load(options.data, options.image_size)
         torch.set_num_threads(options.threads or preset_of(data).threads or torch.get_num_threads())
         torch.manual_seed(options.seed)
-        trainer = Trainer(new_servable(data), data, recipe_of(options, data))
+        servable = new_servable(data)
+        servable.supernet.to(torch.device(options.device))
+        trainer = Trainer(servable, data, recipe_of(options, data))
         if options.resume:
             trainer.resume(options.out / "checkpoint.pt")
         train(trainer, options.out, fresh=not options.resume)
-    except (ValueError, OSError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"train.py: {error}")
 
 

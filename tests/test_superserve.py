@@ -21,6 +21,7 @@ from serving import LARGE, LARGE_ACCURACY, PATIENT_MS, SMALL, Clock, config_of, 
 
 import slackfit
 import superserve
+from dispatcher import SlowedQueue
 from engine import EngineError, Outputs
 from slackfit import Decision, Policy, ProfileError, ProfileTable, make_policy
 from supernet import SupernetError
@@ -190,6 +191,65 @@ def test_a_stall_that_is_over_does_not_refuse_queries_for_ever(table: ProfileTab
         except DeadlineExceeded:
             continue
     assert dispatcher.heap
+
+
+def finish_batches(dispatcher: Dispatcher, clock: Clock, count: int, factor: float) -> None:
+    """Serve one query at a time, each batch taking ``factor`` times what the table says."""
+    for _ in range(count):
+        dispatcher.submit(make_query(clock, 1000))
+        batch = running(dispatcher)
+        clock.now_s += factor * batch.entry.latency_s[len(batch.queries)]
+        dispatcher.settle(batch, serving.outputs_for(1, clock()))
+
+
+def test_a_slowdown_is_followed_within_a_few_batches_and_forgotten_when_it_is_over(table: ProfileTable) -> None:
+    clock = Clock()
+    dispatcher = dispatcher_of(table, clock)
+    finish_batches(dispatcher, clock, 15, factor=2)
+    assert dispatcher.slowdown == pytest.approx(2, rel=0.05)
+    finish_batches(dispatcher, clock, 300, factor=1)
+    assert dispatcher.slowdown == pytest.approx(1, abs=0.01)
+
+
+def test_a_device_faster_than_its_table_is_planned_for_by_the_table(table: ProfileTable) -> None:
+    clock = Clock()
+    dispatcher = dispatcher_of(table, clock)
+    finish_batches(dispatcher, clock, 50, factor=0.5)
+    assert dispatcher.slowdown == 1
+
+
+def test_with_slack_for_the_table_s_latency_alone_a_slow_device_runs_something_faster(table: ProfileTable) -> None:
+    clock = Clock()
+    usual, slow = dispatcher_of(table, clock), dispatcher_of(table, clock)
+    slow.slowdown = 2
+    slack_ms = 1.1e3 * table.most_accurate.latency_s[1]
+    chosen = []
+    for dispatcher in (usual, slow):
+        dispatcher.policy = make_policy("maxaccuracy", table)
+        dispatcher.submit(make_query(clock, slack_ms))
+        chosen.append(running(dispatcher).entry)
+    assert chosen[0] is table.most_accurate
+    assert 2 * chosen[1].latency_s[1] <= slack_ms / 1e3
+
+
+def test_the_margin_lengthens_every_latency(table: ProfileTable) -> None:
+    clock = Clock()
+    policy = make_policy("halfslo", table)
+    dispatcher = Dispatcher(table, policy, clock, workers=1, max_queue=10, margin=0.5)
+    fastest_ms = 1e3 * table.fastest.latency_s[1]
+    dispatcher.submit(make_query(clock, 1.51 * fastest_ms))
+    with pytest.raises(DeadlineExceeded):
+        dispatcher.submit(make_query(clock, 1.49 * fastest_ms))
+
+
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=20), st.floats(1, 20))
+def test_a_slowed_queue_shortens_slack_and_keeps_the_order(slos_s: list[float], factor: float) -> None:
+    clock = Clock(0)
+    heap = heap_of(*(make_query(clock, 1e3 * slo_s) for slo_s in slos_s))
+    seen = SlowedQueue(heap, 0.0, factor)
+    assert seen.deadlines_s() == pytest.approx(sorted(slo_s / factor for slo_s in slos_s))
+    assert seen.head_deadline_s == seen.deadlines_s()[0]
+    assert len(seen) == len(slos_s)
 
 
 def test_expire_answers_exactly_the_queries_whose_deadline_has_passed(table: ProfileTable) -> None:
