@@ -27,7 +27,7 @@ class Config:
     policy: str = "halfslo"
     workers: int = 1
     threads: int = 0
-    margin: float = 0.15
+    margin: float = 0.3
     max_queue: int = 1000
     default_slo_ms: float = 100.0
     max_slo_ms: float = 60_000.0

@@ -31,10 +31,11 @@ class EngineError(RuntimeError):
     """The device that was asked for is not there, or a batch could not be computed."""
 
 
-# How many prepared operations torch and oneDNN keep, 1024 each unless told. They pay where shapes repeat; here a batch may
-# have any size on any subnet, and the caches grew to hundreds of megabytes without making anything faster. Read at first
-# use.
-_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+# How many prepared operations torch and oneDNN keep, 1024 each unless told. They pay where shapes repeat; here a batch
+# may have any size on any subnet, and the caches grew to hundreds of megabytes without making anything faster. They are
+# read at the first convolution, so that this must be set before any network runs.
+for _cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+    os.environ.setdefault(_cache, "16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,8 +144,6 @@ class Engine:
 
     def __init__(self, servable: Servable, device: str = "auto", workers: int = 1, threads: int = 1) -> None:
         """``device``: auto, cpu, cuda or cuda:N; ``threads``: CPU threads per worker."""
-        for name in _CACHES:
-            os.environ.setdefault(name, "16")
         self._servable = servable
         self._device = _resolve(device)
         cuda = self._device.type == "cuda"
@@ -173,7 +172,7 @@ class Engine:
             self._local.worker = Worker(self._normaliser)
 
     def run(self, name: str, inputs: Sequence[NDArray[Any]]) -> Awaitable[Outputs]:
-        """Start a batch on the subnet of this name at once; awaiting gives its outputs, or raises what the device did."""
+        """Start a batch on the subnet of this name at once; awaiting gives its outputs or raises what the device did."""
         loop = asyncio.get_running_loop()
         try:
             return loop.run_in_executor(self._pool, self._compute, name, inputs)
