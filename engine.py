@@ -172,7 +172,7 @@ class Engine:
             self._local.worker = Worker(self._normaliser)
 
     def run(self, name: str, inputs: Sequence[NDArray[Any]]) -> Awaitable[Outputs]:
-        """Start a batch on the subnet of this name at once; awaiting gives its outputs or raises what the device did."""
+        """Start a batch on this subnet at once; awaiting gives its outputs or raises what the device did."""
         loop = asyncio.get_running_loop()
         try:
             return loop.run_in_executor(self._pool, self._compute, name, inputs)
