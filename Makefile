@@ -18,7 +18,7 @@ PIP_INSTALL = if [ -t 1 ]; then quiet=; else quiet=-qq; fi; $(PY) -m pip install
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve setup test check bench clean
+.PHONY: help serve setup dev test check bench clean
 
 help:  ## list these verbs
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r verb what; do \
@@ -28,6 +28,9 @@ serve: $(RUN_TOOLS)  ## start the server (HOST=127.0.0.1 PORT=8000 ARGS='more fl
 	@exec $(PY) superserve.py --host $(HOST) --port $(PORT) $(ARGS)
 
 setup: $(RUN_TOOLS)  ## make the environment in .venv, without starting anything (PYTHON=python3)
+	@echo "ready: $(VENV)"
+
+dev: $(DEV_TOOLS)  ## make the environment with the tools for training, testing and plotting
 	@echo "ready: $(VENV)"
 
 test: $(DEV_TOOLS)  ## run the tests (ARGS='-m "not slow"' leaves out the slow ones)

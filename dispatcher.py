@@ -286,8 +286,7 @@ class Dispatcher:
         now_s = self.clock()
         self.counters["in_time" if now_s <= query.deadline_s else "late"] += 1
         # Follows a rise at once and forgets slowly: an optimistic estimate costs deadlines, a pessimistic one little.
-        # Twice what is seen: requests wait before they are read as answers do before they are written.
-        seen_s = 2 * (now_s - answer.finished_s)
+        seen_s = now_s - answer.finished_s
         self.overhead_s += (seen_s - self.overhead_s) * (0.3 if seen_s > self.overhead_s else 0.005)
         return now_s
 

@@ -243,6 +243,7 @@ def accelerating(
     # The root of from_rate*x + slope*x²/2 = on_ramp, in the form that also holds for a slope near zero.
     ramp_part = 2 * on_ramp / (from_rate + np.sqrt(np.maximum(from_rate**2 + 2 * slope * on_ramp, 0)))
     arrivals = np.minimum(ordinal, held) / from_rate + ramp_part + np.maximum(ordinal - ramped, 0) / to_rate
+    arrivals = np.maximum.accumulate(arrivals)  # rounding can swap two where the parts meet
     return arrivals[arrivals < duration_s]
 
 

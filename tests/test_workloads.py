@@ -217,3 +217,7 @@ def test_shared_traces_are_what_their_readme_says(name: str, count: int, length_
     assert found.count == count
     assert found.length_s == pytest.approx(length_s, rel=0.001)
     assert cv2 is None or found.cv2 == pytest.approx(cv2, rel=0.01)
+
+
+def test_accelerating_arrivals_ascend_where_the_parts_meet() -> None:
+    assert (np.diff(workloads.accelerating(417, 2502, 500, 8, 8, seed=2003, hold_s=2)) >= 0).all()
