@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import uvloop
 from aiohttp import web
 from numpy.typing import NDArray
@@ -495,7 +494,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    torch.set_grad_enabled(False)
     # A batch is many short torch calls that each release the interpreter; the event loop would keep it for 5 ms.
     sys.setswitchinterval(0.0005)
     try:

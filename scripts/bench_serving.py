@@ -33,7 +33,7 @@ from tqdm import tqdm
 HOUSE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HOUSE))
 
-from scripts import workloads
+from scripts import workloads  # noqa: E402 the path is set above
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,8 +130,9 @@ def run_all(options: argparse.Namespace, capacity: float, out: Path) -> list[dic
             name = f"load{round(load * 100)}-{policy.replace(':', '-')}"
             rate, duration_s = squeezed(options.trace, capacity * load, options.duration)
             arguments = [
-                "--trace", options.trace, "--rate", f"{rate:.3f}", "--duration", f"{duration_s:.3f}", "--slo-ms", f"{options.slo_ms:g}", "--data", options.data,
-                "--label", f"{policy}, {load:.0%} load", "--plot", str(out / f"{name}.png"),
+                "--trace", options.trace, "--rate", f"{rate:.3f}", "--duration", f"{duration_s:.3f}",
+                "--slo-ms", f"{options.slo_ms:g}", "--data", options.data, "--label", f"{policy}, {load:.0%} load",
+                "--plot", str(out / f"{name}.png"),
             ]  # fmt: skip
             report = replay(running.url, arguments, out / f"{name}.json")
             rows.append(_row(load, policy, capacity * load, running, fresh_mb, report))

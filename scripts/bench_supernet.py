@@ -116,7 +116,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--profile", type=Path, default=Path("profiles/cifar10"))
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    torch.set_grad_enabled(False)
     servable = load_servable(options.profile)
     choices = [choice for choice in slackfit.load_choices(options.profile) if choice.frontier]
     frontier = [choice.name for choice in sorted(choices, key=lambda each: each.accuracy)]

@@ -226,7 +226,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> None:
     """Search, calibrate, measure, write, report."""
     options = parse_arguments(arguments)
-    torch.set_grad_enabled(False)
     threads = Config(workers=options.workers, threads=options.threads).threads_per_worker
     torch.set_num_threads(threads)
     try:

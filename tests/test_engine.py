@@ -107,7 +107,7 @@ async def test_inputs_of_a_wrong_size_fail_their_batch_only(engine: Engine) -> N
 
 
 async def test_the_event_loop_runs_on_while_a_batch_computes(engine: Engine) -> None:
-    running = asyncio.create_task(engine.run(LARGEST, pixels(32)))
+    running = asyncio.ensure_future(engine.run(LARGEST, pixels(32)))
     turns = 0
 
     def turn() -> None:
