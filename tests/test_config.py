@@ -40,8 +40,8 @@ def test_the_default_slo_is_one_that_a_request_may_state() -> None:
 def test_every_setting_has_a_flag_that_sets_it() -> None:
     given = {
         "profile": Path("elsewhere"), "host": "::1", "port": 1, "device": "cpu", "policy": "slackfit:4", "workers": 2,
-        "threads": 3, "margin": 0.5, "max_queue": 4, "default_slo_ms": 5.5, "max_slo_ms": 60.0, "max_body_bytes": 7, "max_pixels": 8,
-        "drain_timeout_s": 9.5, "summary_s": 10.5,
+        "threads": 3, "margin": 0.5, "max_queue": 4, "default_slo_ms": 5.5, "max_slo_ms": 60.0, "max_body_bytes": 7,
+        "max_pixels": 8, "drain_timeout_s": 9.5, "summary_s": 10.5,
     }  # fmt: skip
     arguments = ["--no-autoprofile"]
     for name, value in given.items():
