@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ class Config:
     policy: str = "halfslo"
     workers: int = 1
     threads: int = 0
+    memory_budget: str = "8x"
     margin: float = 0.3
     max_queue: int = 1000
     default_slo_ms: float = 100.0
@@ -47,12 +49,23 @@ class Config:
         for name, (low, high) in allowed.items():
             if not low <= getattr(self, name) <= high:
                 raise ConfigError(f"{name} must be between {low:g} and {high:g}, not {getattr(self, name):g}")
+        self.memory_budget_bytes(1)
 
     @property
     def threads_per_worker(self) -> int:
         """CPU threads of a worker: those asked for, or all cores but the one that serves HTTP, shared fairly."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return self.threads or max(1, (cores - 1) // self.workers)
+
+    def memory_budget_bytes(self, weights_bytes: int) -> float:
+        """The memory budget for a supernet whose weights take so many bytes."""
+        match = re.fullmatch(r"(\d{1,15})|(\d{1,6}(?:\.\d{1,6})?)x", self.memory_budget, re.ASCII)
+        if match is None:
+            raise ConfigError(
+                f"memory_budget must be a number of bytes, or a multiple of the supernet's weights such as 2x, "
+                f"not '{self.memory_budget:.60}'"
+            )
+        return float(match[1]) if match[1] else float(match[2]) * weights_bytes
 
 
 EPILOG = """\
@@ -102,6 +115,8 @@ _HELP = {
     "policy": "how a subnet and a batch size are chosen; see below",
     "workers": "batches that run at the same time: CUDA streams, or thread groups on a CPU",
     "threads": "CPU threads per worker; 0: all cores but one, shared between the workers",
+    "memory_budget": "memory for subnets held ready to run fastest, beside the shared weights: bytes, or a multiple of "
+    "the supernet's weights such as 2x; 0 holds none",
     "margin": "plan with latencies longer by this fraction than measured, for what cannot be foreseen",
     "max_queue": "waiting queries beyond which new ones get 429",
     "default_slo_ms": "SLO of requests that state none, in milliseconds",

@@ -1,13 +1,15 @@
 """The engine: one device that runs batches on subnets of a supernet, off the event loop.
 
 A worker is one thread that computes one batch at a time: on the CPU with its own share of cores, on a GPU with its own
-CUDA stream and pinned host buffers. The thread waits for the device, never the event loop. The engine knows subnets
-by name; it knows no queue, deadline or HTTP.
+CUDA stream and pinned host buffers. The thread waits for the device, never the event loop. On the CPU a subnet runs as
+an executable (executables.py), with packed weights of its own as far as the memory budget goes. The engine knows
+subnets by name; it knows no queue, deadline or HTTP.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import platform
 import threading
@@ -23,19 +25,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from executables import ExecutableCache
 from servable import InputSpec, Servable
 from supernet import ActuatedSubnet, Subnet
+
+Network = Callable[[Tensor], Tensor]
 
 
 class EngineError(RuntimeError):
     """The device that was asked for is not there, or a batch could not be computed."""
 
 
-# How many prepared operations torch and oneDNN keep, 1024 each unless told. They pay where shapes repeat; here a batch
-# may have any size on any subnet, and the caches grew to hundreds of megabytes without making anything faster. They are
-# read at the first convolution, so that this must be set before any network runs.
-for _cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
-    os.environ.setdefault(_cache, "16")
+# How many prepared operations oneDNN keeps (1024 unless told) and torch with them. Preparing one takes longer than a
+# small convolution, and a frontier of subnets at every batch size up to CHUNK needs a few thousand, of some 10 kB each.
+# They are read at the first convolution, so that they must be set before any network runs.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "4096")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
+
+# A CPU computes larger batches in parts of at most so many: outputs that stay in cache, far fewer shapes to prepare
+# for, and a quarter of the memory, for 1 to 5 % of the time (docs/LOG.md).
+CHUNK = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,10 +93,13 @@ class Worker:
     def __init__(self, normaliser: Normaliser) -> None:
         self._normaliser = normaliser
 
-    def compute(self, actuated: ActuatedSubnet, inputs: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
+    def compute(self, network: Network, inputs: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
         """Class probabilities (batch, classes)."""
         with torch.inference_mode():
-            return actuated(self._batch(inputs)).softmax(1).numpy()
+            batch = self._batch(inputs)
+            parts = batch.tensor_split(-(-len(inputs) // CHUNK)) if len(inputs) > CHUNK else (batch,)
+            logits = [network(part) for part in parts]
+            return (logits[0] if len(logits) == 1 else torch.cat(logits)).softmax(1).numpy()
 
     def _batch(self, inputs: Sequence[NDArray[Any]]) -> Tensor:
         groups = self._normaliser.stack(inputs)
@@ -112,10 +124,10 @@ class CudaWorker(Worker):
         self._done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         self._pinned: dict[tuple[Any, ...], Tensor] = {}
 
-    def compute(self, actuated: ActuatedSubnet, inputs: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
+    def compute(self, network: Network, inputs: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
         """Class probabilities (batch, classes); returns when they are on the host."""
         with torch.inference_mode(), torch.cuda.stream(self._stream):
-            probabilities = actuated(self._batch(inputs)).softmax(1).float()
+            probabilities = network(self._batch(inputs)).softmax(1).float()
             host = self._buffer("out", tuple(probabilities.shape), torch.float32)
             host.copy_(probabilities, non_blocking=True)
             self._done.record(self._stream)
@@ -142,8 +154,18 @@ class CudaWorker(Worker):
 class Engine:
     """Runs batches on one device; ``run`` may be called for as many batches at once as there are workers."""
 
-    def __init__(self, servable: Servable, device: str = "auto", workers: int = 1, threads: int = 1) -> None:
-        """``device``: auto, cpu, cuda or cuda:N; ``threads``: CPU threads per worker."""
+    def __init__(
+        self,
+        servable: Servable,
+        device: str = "auto",
+        workers: int = 1,
+        threads: int = 1,
+        memory_budget: float = math.inf,
+    ) -> None:
+        """``device``: auto, cpu, cuda or cuda:N; ``threads``: CPU threads per worker.
+
+        ``memory_budget``: bytes that subnets may hold beside the shared weights, to run faster; counts on a CPU.
+        """
         self._servable = servable
         self._device = _resolve(device)
         cuda = self._device.type == "cuda"
@@ -161,6 +183,10 @@ class Engine:
         self._normaliser = Normaliser(servable.input, self._device)
         self._threads = threads
         self._actuated: dict[str, ActuatedSubnet] = {}
+        self.executables = ExecutableCache(memory_budget) if not cuda else None
+        self._builder = ThreadPoolExecutor(
+            1, thread_name_prefix="builder", initializer=torch.set_num_threads, initargs=(1,)
+        )
         self._local = threading.local()
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="engine", initializer=self._start_worker)
 
@@ -190,8 +216,29 @@ class Engine:
 
     def _compute(self, name: str, inputs: Sequence[NDArray[Any]]) -> Outputs:
         worker: Worker = self._local.worker
-        probabilities = worker.compute(self.actuate(name), inputs)
-        return Outputs(probabilities, time.perf_counter())
+        outputs = Outputs(worker.compute(self._network(name), inputs), time.perf_counter())
+        if self.executables is not None and self.executables.stale:
+            self._builder.submit(self.executables.rebalance)
+        return outputs
+
+    def _network(self, name: str) -> Network:
+        if self.executables is None:
+            return self.actuate(name)
+        if name not in self.executables:
+            self.executables.add(name, self.actuate(name))
+        return self.executables.get(name)
+
+    async def prepare(self, names: Sequence[str]) -> None:
+        """Get these subnets ready, and hold the first of them packed, as far as the memory budget goes."""
+        await asyncio.wrap_future(self._builder.submit(self._prepare, names))
+
+    def _prepare(self, names: Sequence[str]) -> None:
+        for name in names:
+            actuated = self.actuate(name)
+            if self.executables is not None:
+                self.executables.add(name, actuated)
+        if self.executables is not None:
+            self.executables.fill()
 
     def blank_input(self) -> NDArray[np.uint8]:
         """A black image of the right size, for warming up and measuring."""
@@ -209,6 +256,7 @@ class Engine:
     def close(self) -> None:
         """Let running batches end, then stop the threads."""
         self._pool.shutdown()
+        self._builder.shutdown()
 
 
 async def measure_latencies(

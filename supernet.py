@@ -11,6 +11,7 @@ This file knows torch, but no policy, no HTTP and no architecture (those are in 
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import copy
 import itertools
@@ -217,9 +218,9 @@ class WeightSlice(nn.Module):
         self.slot, self.stage = slot, stage
         self.elastic_outputs = False
         object.__setattr__(self, "inputs", inputs)  # not a child module
-        self._convolution: dict[str, Any] | None = None
+        self.convolution: dict[str, Any] | None = None
         if isinstance(layer, nn.Conv2d):
-            self._convolution = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
+            self.convolution = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
         self._views: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
 
     def outputs_of(self, subnet: Subnet) -> int:
@@ -250,20 +251,20 @@ class WeightSlice(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         weight, bias = _settings.get()[self.slot]
-        if self._convolution is None:
+        if self.convolution is None:
             return F.linear(x, weight, bias)
-        return F.conv2d(x, weight, bias, **self._convolution)
+        return F.conv2d(x, weight, bias, **self.convolution)
 
     def standalone(self, subnet: Subnet) -> nn.Module:
         """The subnet's part as an ordinary layer with its own copy of the weights."""
         weight, bias = self.slices(subnet)
         outputs, inputs = weight.shape[:2]
         layer: nn.Conv2d | nn.Linear
-        if self._convolution is None:
+        if self.convolution is None:
             layer = nn.Linear(inputs, outputs, bias is not None)
         else:
             kernel = cast("tuple[int, int]", tuple(weight.shape[2:]))
-            layer = nn.Conv2d(inputs, outputs, kernel, bias=bias is not None, **self._convolution)
+            layer = nn.Conv2d(inputs, outputs, kernel, bias=bias is not None, **self.convolution)
         layer.to(weight.device, weight.dtype)
         _copy_into(layer, weight=weight, bias=bias)
         return layer
@@ -510,6 +511,15 @@ class ActuatedSubnet:
         finally:
             _settings.reset(token)
 
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """In this context the network itself computes this subnet, for those that follow it from inside."""
+        token = _settings.set(self.settings)
+        try:
+            yield
+        finally:
+            _settings.reset(token)
+
 
 class Supernet:
     """A network with the operators inserted, its space of subnets, and the norm statistics of those calibrated."""
@@ -525,6 +535,11 @@ class Supernet:
     def device(self) -> torch.device:
         """Where weights and statistics are."""
         return next(self.network.parameters()).device
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the shared weights; statistics of the subnets come on top."""
+        return sum(parameter.nbytes for parameter in self.network.parameters())
 
     def to(self, device: torch.device) -> None:
         """Move weights and statistics to a device; forgets what was actuated before."""

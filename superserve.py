@@ -129,7 +129,11 @@ class SuperServe:
         self._servable = load_servable(self.config.profile)
         self._choices = slackfit.load_choices(self.config.profile)
         self.engine = Engine(
-            self._servable, self.config.device, workers=self.config.workers, threads=self.config.threads_per_worker
+            self._servable,
+            self.config.device,
+            workers=self.config.workers,
+            threads=self.config.threads_per_worker,
+            memory_budget=self.config.memory_budget_bytes(self._servable.supernet.nbytes),
         )
         self._check_choices()
         self.dispatcher: Dispatcher | None = None
@@ -150,6 +154,7 @@ class SuperServe:
 
     async def start(self) -> None:
         """Profile this device if no stored table fits it, warm up, and be ready."""
+        await self.engine.prepare([choice.name for choice in self._choices if choice.frontier])
         if self.dispatcher is None:
             self._use(await self._profile_device())
         assert self.dispatcher is not None, "a table is in use from here on"

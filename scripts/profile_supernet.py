@@ -17,7 +17,7 @@ import asyncio
 import json
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -114,8 +114,11 @@ class Search:
         return self.found[subnet.name]
 
     def _latency_s(self, name: str) -> float:
-        samples = asyncio.run(measure_latencies(self.engine, [name], [self.batch_size], 7, lambda: None))
-        return float(np.median(samples[name][0]))
+        async def measured() -> Mapping[str, Sequence[Sequence[float]]]:
+            await self.engine.prepare([name])
+            return await measure_latencies(self.engine, [name], [self.batch_size], 7, lambda: None)
+
+        return float(np.median(asyncio.run(measured())[name][0]))
 
     def run(self, candidates: int, seed: int) -> list[Candidate]:
         """Look at this many subnets: the ends, a third at random, the rest mutations of the frontier so far."""
@@ -186,6 +189,7 @@ def write_latencies(engine: Engine, names: Sequence[str], folder: Path, rounds: 
 
 
 async def _measured(engine: Engine, names: Sequence[str], rounds: int) -> dict[str, slackfit.Latencies]:
+    await engine.prepare(names)
     await engine.warm_up(names, (1, 64), lambda: None)
     return await profile_latencies(engine, names, rounds)
 

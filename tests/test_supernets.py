@@ -21,14 +21,29 @@ def test_families_build_plain_networks_whose_stages_are_where_they_say() -> None
     assert {type(module).__module__.split(".")[0] for module in network.modules()} == {"torch", "supernets"}
 
 
-@pytest.mark.parametrize(("stem_stride", "sides"), [(1, [8, 4, 2]), (2, [4, 2, 1])])
-def test_later_stages_halve_the_resolution(stem_stride: int, sides: list[int]) -> None:
-    network, _ = supernets.build("resnet", ARCHITECTURE | {"stem_stride": stem_stride})
+@pytest.mark.parametrize(
+    ("form", "sides"),
+    [({"stem_stride": 1}, [8, 4, 2]), ({"stem_stride": 2}, [4, 2, 1]), ({"stem_stride": 1, "pooled": True}, [4, 2, 1])],
+)
+def test_later_stages_halve_the_resolution(form: dict[str, Any], sides: list[int]) -> None:
+    network, _ = supernets.build("resnet", ARCHITECTURE | form)
     seen: list[int] = []
     for stage in STAGES:
         network.get_submodule(stage).register_forward_hook(lambda _, __, output: seen.append(output.shape[-1]))
     assert network.eval()(torch.zeros(2, 3, 8, 8)).shape == (2, 7)
     assert seen == sides
+
+
+def test_a_pooled_block_convolves_at_full_resolution_first() -> None:
+    block = BasicBlock(4, 4, 8, 2, pooled=True)
+    assert block.conv1(torch.randn(2, 4, 8, 8)).shape[-1] == 8
+    assert block(torch.randn(2, 4, 8, 8)).shape == (2, 8, 4, 4)
+
+
+def test_the_stem_may_be_narrower_than_the_first_stage() -> None:
+    network, _ = supernets.build("resnet", ARCHITECTURE | {"stem_width": 2, "stem_stride": 1})
+    assert network.get_submodule("stem.0").weight.shape[0] == 2
+    assert network.eval()(torch.zeros(2, 3, 8, 8)).shape == (2, 7)
 
 
 def test_a_block_changes_its_shortcut_only_where_shapes_change() -> None:
@@ -58,6 +73,8 @@ def test_unknown_family_lists_known_ones() -> None:
         ({"classes": 0}, "classes"),
         ({"channels": True}, "channels"),
         ({"stem_stride": 3}, "stem_stride"),
+        ({"stem_width": -1}, "stem_width"),
+        ({"pooled": 1}, "pooled"),
         ({"wings": 2}, "wings"),
     ],
 )

@@ -16,7 +16,7 @@ from scripts import datasets, train
 from scripts.datasets import Dataset
 from scripts.train import Augmented, Recipe, Trainer, accuracy, calibration_batches, new_servable, normalise
 from servable import load_servable
-from supernet import Subnet
+from supernet import Subnet, SubnetSpace
 
 RECIPE = Recipe(epochs=2, batch_size=64, learning_rate=0.05, middle=1, seed=3, crop=1)
 
@@ -182,7 +182,7 @@ def test_the_learning_rate_rises_then_falls_to_zero() -> None:
 def test_defaults_depend_on_the_data() -> None:
     small, large = noise(), noise(10_000, "cifar10", side=2, channels=3)
     recipes = [train.recipe_of(train.parse_arguments(["--data", "x", "--out", "y"]), data) for data in (small, large)]
-    assert [recipe.epochs for recipe in recipes] == [8, 24]
+    assert [recipe.epochs for recipe in recipes] == [8, 18]
     assert [recipe.batch_size for recipe in recipes] == [64, 500]
     assert [recipe.learning_rate for recipe in recipes] == pytest.approx([0.05, 0.390625])
     assert [recipe.crop for recipe in recipes] == [1, 4]
@@ -190,8 +190,9 @@ def test_defaults_depend_on_the_data() -> None:
 
 def test_the_bundled_cifar_network_keeps_its_form() -> None:
     preset = train.PRESETS["cifar10"]
-    form = preset.widths, preset.depths, preset.expands, preset.stem_stride
-    assert form == ((64, 128, 256), 2, (0.125, 0.25, 0.5, 1.0), 2)
+    space = SubnetSpace(preset.depths, preset.expands)
+    assert (preset.widths, preset.stem_width, preset.pooled) == ((64, 128, 256), 24, True)
+    assert (len(space), space.smallest.name, space.largest.name) == (400, "d1-1-2-e0.125-0.125-0.25", "d2-2-2-e1")
 
 
 def test_other_photographs_get_the_network_of_cifar() -> None:
@@ -220,6 +221,39 @@ def test_an_epoch_shows_every_image_once_beside_its_label() -> None:
     assert [images.shape for images, _ in batches] == [(20, 8, 8, 1)] * 3
     assert sorted(label for _, labels in batches for label in labels) == list(range(60))
     assert all((images[:, :, :, 0] == labels[:, None, None]).all() for images, labels in batches)
+
+
+def test_every_image_is_seen_both_ways_in_any_two_epochs() -> None:
+    ramp = np.broadcast_to(np.arange(8, dtype=np.uint8)[None, None, :, None], (64, 8, 8, 1)).copy()
+    data = replace(noise(), train=datasets.Split(ramp, np.arange(64)), mirrored=True)
+    augmented, seen = Augmented(data, crop=0), []
+    for epoch in (3, 4):
+        ((images, labels),) = augmented.batches(64, np.random.default_rng(epoch), epoch)
+        seen.append((images[:, 0, 0, 0] > 3)[np.argsort(labels)])
+    assert (seen[0] != seen[1]).all()
+    assert 16 < seen[0].sum() < 48
+
+
+def test_a_square_of_the_mean_colour_is_cut_out_of_every_image() -> None:
+    bright = np.full((64, 8, 8, 1), 200, np.uint8)
+    bright[::2] = 100
+    data = replace(noise(), train=datasets.Split(bright, np.zeros(64, np.int64)))
+    ((images, _),) = Augmented(data, crop=0, cutout=3).batches(64, np.random.default_rng(0))
+    cut = images[:, :, :, 0] == 150
+    assert (cut.sum((1, 2)) == 9).all()
+    assert all(mask.any(0).sum() == mask.any(1).sum() == 3 for mask in cut), "a square"
+    assert len(np.unique(cut, axis=0)) > 10, "not always at the same place"
+
+
+def test_smaller_subnets_may_learn_from_a_part_of_each_batch() -> None:
+    servable, data = new_servable(noise()), noise()
+    trainer, sizes = Trainer(servable, data, replace(RECIPE, batch_size=32, share=0.25)), []
+    servable.supernet.network.classifier.register_forward_hook(lambda *given: sizes.append(len(given[2])))
+    trainer.run_epoch()
+    assert set(zip(sizes[::3], sizes[1::3], sizes[2::3], strict=True)) == {(32, 8, 8)}
+    for wrong in ("0", "1.5"):
+        with pytest.raises(SystemExit):
+            train.parse_arguments(["--data", "x", "--out", "y", "--share", wrong])
 
 
 def test_images_are_shifted_by_at_most_the_crop_and_mirrored_only_where_that_keeps_the_class() -> None:
