@@ -30,6 +30,7 @@ class Config:
     threads: int = 0
     memory_budget: str = "8x"
     margin: float = 0.3
+    correction: bool = True
     max_queue: int = 1000
     default_slo_ms: float = 100.0
     max_slo_ms: float = 60_000.0
@@ -93,8 +94,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
     for field in dataclasses.fields(Config):
         value = getattr(default, field.name)
         flag = "--" + field.name.replace("_", "-")
-        if field.name == "autoprofile":
-            parser.add_argument("--no-autoprofile", dest="autoprofile", action="store_false", help=_HELP[field.name])
+        if value is True:
+            negated = "--no-" + field.name.replace("_", "-")
+            parser.add_argument(negated, dest=field.name, action="store_false", help=_HELP[field.name])
         else:
             shown = _relative(value) if isinstance(value, Path) else value
             text = f"{_HELP[field.name]} (default: {shown})"
@@ -118,6 +120,7 @@ _HELP = {
     "memory_budget": "memory for subnets held ready to run fastest, beside the shared weights: bytes, or a multiple of "
     "the supernet's weights such as 2x; 0 holds none",
     "margin": "plan with latencies longer by this fraction than measured, for what cannot be foreseen",
+    "correction": "believe the latency table, rather than follow how much longer batches take at the moment",
     "max_queue": "waiting queries beyond which new ones get 429",
     "default_slo_ms": "SLO of requests that state none, in milliseconds",
     "max_slo_ms": "longest SLO that a request may state, in milliseconds",

@@ -178,8 +178,8 @@ class Dispatcher:
     """Decides what happens to each query, and answers it exactly once. Synchronous; the clock is passed in.
 
     ``slowdown`` is how much longer batches take than the table says, learnt from those that finish: a hot device or a
-    busy neighbour is followed within a few batches. ``margin`` is added to every latency, as a fraction of it, for what
-    cannot be foreseen.
+    busy neighbour is followed within a few batches; without ``correction`` the table is believed. ``margin`` is added
+    to every latency, as a fraction of it, for what cannot be foreseen.
 
     ``counters`` holds arrivals and outcomes: in_time, late, expired (deadline passed while waiting), given_up (the
     policy dropped it early), infeasible and queue_full (rejected on arrival), failed, cancelled. When nothing is
@@ -195,6 +195,7 @@ class Dispatcher:
         workers: int,
         max_queue: int,
         margin: float = 0.0,
+        correction: bool = True,
     ) -> None:
         self.table, self.policy, self.clock = table, policy, clock
         self.heap = DeadlineHeap()
@@ -205,6 +206,7 @@ class Dispatcher:
         self._workers = workers
         self._max_queue = max_queue
         self._margin = margin
+        self._correction = correction
         self._accuracies = [entry.accuracy for entry in table.entries]
 
     def submit(self, query: Query) -> None:
@@ -292,6 +294,8 @@ class Dispatcher:
 
     def _learn(self, batch: Batch, taken_s: float) -> None:
         """Follow the slowdown, up quickly and down slowly; the table's own high percentile is the least it can be."""
+        if not self._correction:
+            return
         seen = taken_s / batch.entry.latency_s[len(batch.queries)]
         followed = self.slowdown + (seen - self.slowdown) * (0.2 if seen > self.slowdown else 0.02)
         self.slowdown = min(max(1.0, followed), MOST_SLOWDOWN)

@@ -325,6 +325,7 @@ class SuperServe:
             workers=self.config.workers,
             max_queue=self.config.max_queue,
             margin=self.config.margin,
+            correction=self.config.correction,
         )
 
     def _table_path(self) -> tuple[Path, slackfit.Device]:

@@ -121,6 +121,9 @@ class FakeEngine:
         computed = outputs_for(len(inputs), self.clock())
         return computed if self.rows is None else Outputs(self.rows, self.clock())
 
+    async def prepare(self, names: Sequence[str]) -> None:
+        pass
+
     async def warm_up(self, names: Sequence[str], batch_sizes: Sequence[int], step: Callable[[], object]) -> None:
         pass
 

@@ -41,13 +41,14 @@ def test_every_setting_has_a_flag_that_sets_it() -> None:
     given = {
         "profile": Path("elsewhere"), "host": "::1", "port": 1, "device": "cpu", "policy": "slackfit:4", "workers": 2,
         "threads": 3, "margin": 0.5, "max_queue": 4, "default_slo_ms": 5.5, "max_slo_ms": 60.0, "max_body_bytes": 7,
-        "max_pixels": 8, "drain_timeout_s": 9.5, "summary_s": 10.5,
+        "max_pixels": 8, "drain_timeout_s": 9.5, "summary_s": 10.5, "memory_budget": "2.5x",
     }  # fmt: skip
-    arguments = ["--no-autoprofile"]
+    switches = ["autoprofile", "correction"]
+    arguments = ["--no-" + name for name in switches]
     for name, value in given.items():
         arguments += ["--" + name.replace("_", "-"), str(value)]
-    assert {field.name for field in dataclasses.fields(Config)} == {*given, "autoprofile"}
-    assert dataclasses.asdict(parse_arguments(arguments)) == given | {"autoprofile": False}
+    assert {field.name for field in dataclasses.fields(Config)} == {*given, *switches}
+    assert dataclasses.asdict(parse_arguments(arguments)) == given | dict.fromkeys(switches, False)
 
 
 @pytest.mark.parametrize(

@@ -119,9 +119,15 @@ def test_the_heap_agrees_with_a_sorted_list(operations: list[tuple[str, int]]) -
 
 
 def dispatcher_of(
-    table: ProfileTable, clock: Callable[[], float], policy: str = "halfslo", workers: int = 1, max_queue: int = 1000
+    table: ProfileTable,
+    clock: Callable[[], float],
+    policy: str = "halfslo",
+    workers: int = 1,
+    max_queue: int = 1000,
+    **settings: Any,
 ) -> Dispatcher:
-    return Dispatcher(table, make_policy(policy, table, workers), clock, workers=workers, max_queue=max_queue)
+    chosen = make_policy(policy, table, workers)
+    return Dispatcher(table, chosen, clock, workers=workers, max_queue=max_queue, **settings)
 
 
 def submitted(dispatcher: Dispatcher, *queries: Query) -> Dispatcher:
@@ -209,6 +215,13 @@ def test_a_slowdown_is_followed_within_a_few_batches_and_forgotten_when_it_is_ov
     assert dispatcher.slowdown == pytest.approx(2, rel=0.05)
     finish_batches(dispatcher, clock, 300, factor=1)
     assert dispatcher.slowdown == pytest.approx(1, abs=0.01)
+
+
+def test_without_correction_the_table_is_believed(table: ProfileTable) -> None:
+    clock = Clock()
+    dispatcher = dispatcher_of(table, clock, correction=False)
+    finish_batches(dispatcher, clock, 15, factor=2)
+    assert dispatcher.slowdown == 1
 
 
 def test_a_device_faster_than_its_table_is_planned_for_by_the_table(table: ProfileTable) -> None:
