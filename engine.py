@@ -218,8 +218,13 @@ class Engine:
         worker: Worker = self._local.worker
         outputs = Outputs(worker.compute(self._network(name), inputs), time.perf_counter())
         if self.executables is not None and self.executables.stale:
-            self._builder.submit(self.executables.rebalance)
+            self._builder.submit(self._rebalance)
         return outputs
+
+    def _rebalance(self) -> None:
+        """Once, however many batches asked for it while the builder was busy."""
+        if self.executables is not None and self.executables.stale:
+            self.executables.rebalance()
 
     def _network(self, name: str) -> Network:
         if self.executables is None:

@@ -12,10 +12,11 @@ The rewriting goes by type of operation and knows no architecture; what it does 
 
 from __future__ import annotations
 
+import functools
 import operator
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
@@ -113,9 +114,9 @@ class Convolve(Step):
         """``activation``: none or relu."""
         super().__init__("convolution")
         self._layer, self._activation = layer, activation
-        self.packed_nbytes = 4 * layer.weight.numel()
         self._bias = torch.zeros(layer.weight.shape[0]) if layer.bias is None else layer.bias
-        self._form = list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups
+        self._form = layer.padding, layer.stride, layer.dilation, layer.groups
+        self.packed_nbytes = _packed_nbytes(tuple(layer.weight.shape), *self._form)
         self._packed: Tensor | None = None
         self._kernel = torch.ops.mkldnn._convolution_pointwise.default
 
@@ -132,7 +133,7 @@ class Convolve(Step):
         bias = self._bias.view(-1, 1, 1)
         outputs = outputs.add_(bias) if layer.scale is None else torch.addcmul(bias, outputs, layer.scale[:, :, 0])
         if residual is not None:
-            outputs += residual
+            outputs = outputs.add_(residual) if residual.shape == outputs.shape else outputs + residual
         return outputs.relu_() if self._activation == "relu" else outputs
 
     def _weight(self) -> Tensor:
@@ -141,8 +142,7 @@ class Convolve(Step):
     def packed(self) -> Self:  # noqa: D102
         step = self.__class__.__new__(self.__class__)
         step.__dict__.update(self.__dict__)
-        plain = self._layer.folded().contiguous().to_mkldnn()
-        step._packed = torch._C._nn.mkldnn_reorder_conv2d_weight(plain, *self._form, None)  # type: ignore[call-arg]
+        step._packed = _packed(self._layer.folded(), *self._form)
         step.nbytes = step.packed_nbytes
         return step
 
@@ -150,20 +150,29 @@ class Convolve(Step):
 class ConvolveAndAdd(Convolve):
     """A convolution to whose result a residual is added before the activation."""
 
-    def __init__(self, layer: Convolution, activation: str, overwrite: bool) -> None:
-        """``overwrite``: the sum may take the memory of the residual."""
+    def __init__(self, layer: Convolution, activation: str) -> None:
         super().__init__(layer, activation)
-        self._overwrite = overwrite
-        kernels = torch.ops.mkldnn
-        self._kernel = (kernels._convolution_pointwise_ if overwrite else kernels._convolution_pointwise).binary
+        self._kernel, self._overwrites = torch.ops.mkldnn._convolution_pointwise.binary, False
+        self._done = "add", 1.0, None if activation == "none" else activation, (), ""
+        spans = zip(layer.weight.shape[2:], layer.dilation, layer.padding, strict=True)
+        self._reach = [dilation * (size - 1) + 1 - 2 * padding for size, dilation, padding in spans]
+
+    def overwrite(self) -> None:
+        """Let the sum take the memory of the residual from now on."""
+        self._kernel, self._overwrites = torch.ops.mkldnn._convolution_pointwise_.binary, True
 
     def __call__(self, x: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
         """Activation of (convolution + residual)."""
-        if self._packed is None and x.shape[0] == 1:
+        if (self._packed is None and x.shape[0] == 1) or not self._fits(x, residual):
             return self._unfused(x, residual)
-        first, second = (residual, x) if self._overwrite else (x, residual)
-        done = "add", 1.0, self._activation, (), ""
-        return cast(Tensor, self._kernel(first, second, self._weight(), self._bias, *self._form, *done))
+        first, second = (residual, x) if self._overwrites else (x, residual)
+        return cast(Tensor, self._kernel(first, second, self._weight(), self._bias, *self._form, *self._done))
+
+    def _fits(self, x: Tensor, residual: Tensor) -> bool:
+        """Whether the residual has the shape of the result; the kernels do not broadcast."""
+        (batch, _, height, width), (down, across) = x.shape, self._layer.stride
+        rows, columns = (height - self._reach[0]) // down + 1, (width - self._reach[1]) // across + 1
+        return residual.shape == (batch, self._bias.shape[0], rows, columns)
 
 
 class Multiply(Step):
@@ -188,6 +197,17 @@ class Multiply(Step):
         step._matrix = self._layer.folded().flatten(1).t().contiguous()
         step.nbytes = step.packed_nbytes
         return step
+
+
+def _packed(weight: Tensor, *form: Any) -> Tensor:
+    plain = weight.contiguous().to_mkldnn()
+    return torch._C._nn.mkldnn_reorder_conv2d_weight(plain, *form, None)  # type: ignore[call-arg]
+
+
+@functools.cache
+def _packed_nbytes(shape: tuple[int, ...], *form: Any) -> int:
+    """What a convolution's weight takes in the kernels' layout, which fills channels up to whole vectors."""
+    return int(torch.ops.mkldnn._nbytes(_packed(torch.zeros(shape), *form)))
 
 
 # --------------------------------------------------------------------------------------------------------- executables
@@ -232,11 +252,27 @@ def can_fuse() -> bool:
 
 
 class _Tracer(fx.Tracer):
+    """Follows one thread: while it traces, torch.fx passes to it what every thread does with modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         return isinstance(module, WeightSlice | SubnetNorm) or super().is_leaf_module(module, qualified_name)
 
 
-_tracing = threading.Lock()  # torch.fx replaces methods of nn.Module while it traces
+_tracing = threading.Lock()  # two tracers would replace methods of nn.Module at once
 
 
 @torch.no_grad()
@@ -265,7 +301,9 @@ class _Rewriting:
         self._layers: dict[fx.Node, Convolution] = {}
 
     def run(self) -> None:
-        for rewrite in (self._drop_identities, self._fold_norms, self._fuse_convolutions, self._call_functions):
+        for rewrite in (
+            self._drop_identities, self._fold_norms, self._fuse_convolutions, self._call_functions, self._overwrite
+        ):  # fmt: skip
             rewrite()
             for node in reversed(self._graph.nodes):
                 if not node.users and node.op not in ("placeholder", "output"):
@@ -303,13 +341,13 @@ class _Rewriting:
         replaced = [each for each in (relu, addition, node) if each is not None]
         step: Step
         if residual is not None:
-            step = ConvolveAndAdd(layer, activation, _may_overwrite(residual, replaced[0]))
+            step = ConvolveAndAdd(layer, activation)
         elif relu is None and layer.pointwise:
             step = Multiply(layer)
         else:
             step = Convolve(layer, activation)
         arguments = (node.args[0],) if residual is None else (node.args[0], residual)
-        self._replace(replaced[0], step, arguments)
+        self._replace(replaced[0], step, arguments, addition or node)
         for dead in replaced:
             self._graph.erase_node(dead)
 
@@ -318,10 +356,21 @@ class _Rewriting:
         addition = _only_user(node, lambda user: user.op == "call_function" and user.target in _ADDITIONS)
         if addition is None or len(addition.all_input_nodes) != 2 or addition.kwargs:
             return None, None
+        changed = addition.args[0] is not node and self._writes(addition)
+        if changed or any(map(self._writes, _between(node, addition))):
+            return None, None  # computed later, the convolution could read what was overwritten meanwhile
         (other,) = (each for each in addition.all_input_nodes if each is not node)
         if other in self._layers and self._layers[node].pointwise:
             return None, None  # of a shortcut and the branch beside it, the larger convolution does it
         return addition, other
+
+    def _writes(self, node: fx.Node) -> bool:
+        """Whether it may change in place what it reads."""
+        if node.op == "call_module":
+            return bool(getattr(self._module(node), "inplace", False))
+        name = getattr(node.target, "__name__", str(node.target))
+        assigns = getattr(node.target, "__module__", "") == operator.add.__module__ and name.startswith("i")
+        return assigns or name.endswith("_") or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
 
     def _is_relu(self, node: fx.Node) -> bool:
         if node.op == "call_module":
@@ -332,10 +381,16 @@ class _Rewriting:
         for node in self._graph.nodes:
             step = _call_of(self._module(node), self._actuated)
             if step is not None and len(node.args) == 1:
-                self._replace(node, step, node.args)
+                self._replace(node, step, node.args, node)
 
-    def _replace(self, node: fx.Node, step: Step, arguments: tuple[Any, ...]) -> None:
-        with self._graph.inserting_before(node):
+    def _overwrite(self) -> None:
+        """Additions take the memory of what nothing else needs afterwards; last, when every step has its place."""
+        for node in self._graph.nodes:
+            if isinstance(node.target, ConvolveAndAdd) and _may_overwrite(node):
+                node.target.overwrite()
+
+    def _replace(self, node: fx.Node, step: Step, arguments: tuple[Any, ...], place: fx.Node) -> None:
+        with self._graph.inserting_before(place):
             node.replace_all_uses_with(self._graph.call_function(cast("Callable[..., Any]", step), arguments))
 
 
@@ -379,9 +434,21 @@ def _only_user(node: fx.Node, fits: Callable[[fx.Node], bool]) -> fx.Node | None
     return users[0] if len(users) == 1 and fits(users[0]) else None
 
 
-def _may_overwrite(residual: fx.Node, end: fx.Node) -> bool:
-    """Whether the residual's memory is its own, and nothing needs it after the node where the sum is computed."""
-    return isinstance(residual.target, Step) and all(user is end or user < end for user in residual.users)
+def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
+    node = first.next
+    while node is not last:
+        yield node
+        node = node.next
+
+
+def _may_overwrite(end: fx.Node) -> bool:
+    """Whether the residual of an addition has memory of its own that nothing needs while and after it is computed.
+
+    Steps give no views; anything else that reads the residual may.
+    """
+    x, residual = end.all_input_nodes
+    reads = (user is end or (user < end and isinstance(user.target, Step)) for user in residual.users)
+    return isinstance(residual.target, Step) and residual is not x and all(reads)
 
 
 # --------------------------------------------------------------------------------------------------------------- cache
@@ -411,11 +478,13 @@ class ExecutableCache:
     def add(self, name: str, actuated: ActuatedSubnet) -> None:
         """Make a subnet known; it runs as it is where it cannot be made an executable."""
         if name not in self._shared:
+            shared: Executable | ActuatedSubnet
             try:
-                self._shared[name] = trace(actuated)
+                shared = trace(actuated)
             except CannotFuseError:
-                self._shared[name] = actuated
-            self._order.append(name)
+                shared = actuated
+            if self._shared.setdefault(name, shared) is shared:  # another thread may have been faster
+                self._order.append(name)
 
     def get(self, name: str) -> Executable | ActuatedSubnet:
         """What runs this subnet best now; KeyError for one that was not added."""

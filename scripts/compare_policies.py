@@ -207,7 +207,7 @@ def studies(bench: Bench, queries: int, policies: tuple[str, ...]) -> Iterator[C
     for load in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2):
         yield bench.case("load", f"poisson {load:g}", one.poisson(load), x=load, policies=policies)
     for cv2 in (1, 2, 4, 8):
-        for load in (0.25, 0.4):  # the paper's own range, one third of it constant
+        for load in (0.25, 0.32, 0.4):  # the paper's own range, one third of it constant
             name = f"bursty cv²={cv2} {load:g}"
             arrivals = fleet.bursty(cv2, load)
             yield bench.case(
@@ -219,6 +219,11 @@ def studies(bench: Bench, queries: int, policies: tuple[str, ...]) -> Iterator[C
             "acceleration", f"accelerating {acceleration}/s²", arrivals, x=acceleration, workers=FLEET,
             policies=policies + fixed,
         )  # fmt: skip
+    if TRACES.is_dir():
+        for name, loads in {"code": (0.02, 0.03, 0.04, 0.06, 0.1), "twitter": (0.1, 0.15, 0.2, 0.25)}.items():
+            file = {"code": "azure_llm_code_2023.txt.gz", "twitter": "twitter_normal.txt.gz"}[name]
+            for load in loads:
+                yield bench.case("traces", f"{name} {load:g}", one.trace(file, load), x=load, policies=policies + fixed)
     yield from _fleet_studies(bench, queries, policies)
 
 
@@ -359,7 +364,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         "capacity_per_worker": {bench.path.name: round(bench.capacity, 1) for bench in benches},
         "left_out": [] if TRACES.is_dir() else [f"real traces: no {TRACES}"],
         "shares_of_optimum": {study: shares_of_optimum(each) for study, each in by_study.items()},
-        "advantages": advantages(rows, default),
+        "advantages": {policy: advantages(rows, policy) for policy in dict.fromkeys((default, *policies[:1]))},
         "rows": by_study.pop("grid"),
         "studies": by_study,
     }
@@ -378,14 +383,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.json.write_text(json.dumps(document, allow_nan=False) + "\n")
         if options.plots:
             plot_policies.draw_all(document, options.plots)
-    except (
-        ProfileError,
-        slackfit.PolicyError,
-        SimulationError,
-        OracleError,
-        workloads.WorkloadError,
-        OSError,
-    ) as error:
+    except (*ERRORS, OSError) as error:
         sys.exit(f"compare_policies.py: {error}")
     for study, shares in document["shares_of_optimum"].items():
         for policy, share in shares.items():

@@ -203,13 +203,15 @@ def simulate(
     noise: Noise = QUIET,
     answer_s: float = 0.0,
     max_queue: int = MAX_QUEUE,
+    margin: float = 0.0,
     seed: int = 0,
     progress: Callable[[int], object] | None = None,
 ) -> Results:
     """Serve the ascending arrivals, with one SLO or one for each, under a policy made for this table and run only once.
 
     Batches take the latencies of ``service``, by default those that the policy plans with. An answer leaves
-    ``answer_s`` after its batch is done. ``progress`` is told of arrivals, some thousand at a time.
+    ``answer_s`` after its batch is done; ``margin`` is the dispatcher's. ``progress`` is told of arrivals, some
+    thousand at a time.
     """
     arrivals = np.asarray(arrivals, np.float64)
     if workers < 1 or max_queue < 1:
@@ -222,7 +224,8 @@ def simulate(
             raise SimulationError(f"no worker {outage.worker}: there are {workers}, from 0 on")
     service = service or {entry.name: entry.latency_s for entry in table.entries}
     machine = _Workers(workers, service, noise, np.random.default_rng(seed))
-    return _Run(arrivals, slos_s, table, policy, machine, answer_s, max_queue).play(progress or (lambda _: None))
+    settings = {"max_queue": max_queue, "margin": margin}
+    return _Run(arrivals, slos_s, table, policy, machine, answer_s, settings).play(progress or (lambda _: None))
 
 
 class _Slot:
@@ -317,10 +320,10 @@ class _Run:
         policy: Policy,
         workers: _Workers,
         answer_s: float,
-        max_queue: int,
+        settings: Mapping[str, Any],
     ) -> None:
         self._now_s = 0.0
-        self._dispatcher = Dispatcher(table, policy, lambda: self._now_s, workers=workers.count, max_queue=max_queue)
+        self._dispatcher = Dispatcher(table, policy, lambda: self._now_s, workers=workers.count, **settings)
         self._workers = workers
         self._answer_s = answer_s
         # Python's own floats: those of numpy are several times slower one by one.
@@ -501,6 +504,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--max-queue", type=int, default=MAX_QUEUE, metavar="N")
     parser.add_argument("--service", choices=("p99", "p50"), default="p99", help="which latency batches really take")
     parser.add_argument("--answer-ms", type=float, default=0.0, metavar="MS", help="from a batch's end to its answers")
+    parser.add_argument("--margin", type=float, default=0.0, help="plan with longer latencies; the server's is 0.3")
     parser.add_argument("--sigma", type=float, default=0.0, help="of a lognormal factor on each batch's time")
     parser.add_argument("--stragglers", type=float, nargs=2, default=(0.0, 2.0), metavar=("PROBABILITY", "FACTOR"))
     parser.add_argument(
@@ -537,7 +541,7 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
             arrivals, slos_s, table, policy,
             workers=options.workers, service=load_medians(options.table) if options.service == "p50" else None,
             noise=make_noise(options), answer_s=options.answer_ms / 1e3, max_queue=options.max_queue,
-            seed=options.seed, progress=bar.update,
+            margin=options.margin, seed=options.seed, progress=bar.update,
         )  # fmt: skip
         cpu_s = time.process_time() - started_s
     return {
