@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 
 from supernet import ActuatedSubnet, SubnetNorm, WeightSlice
 
-_ADDITIONS = (operator.add, operator.iadd, torch.add)
+_ADDITIONS = (operator.add, torch.add)  # torch.fx writes += as +
 _RELUS = (F.relu, torch.relu, torch.relu_)
 
 
@@ -306,7 +306,7 @@ class _Rewriting:
         ):  # fmt: skip
             rewrite()
             for node in reversed(self._graph.nodes):
-                if not node.users and node.op not in ("placeholder", "output"):
+                if not node.users and node.op not in ("placeholder", "output") and not self._writes(node):
                     self._graph.erase_node(node)
 
     def _module(self, node: fx.Node) -> nn.Module | None:
@@ -316,6 +316,7 @@ class _Rewriting:
         for node in self._graph.nodes:
             if isinstance(self._module(node), nn.Identity | nn.Dropout | nn.Dropout2d):
                 node.replace_all_uses_with(node.args[0])
+                self._graph.erase_node(node)
 
     def _fold_norms(self) -> None:
         """Find the convolutions; a norm after one becomes part of it."""
@@ -356,8 +357,7 @@ class _Rewriting:
         addition = _only_user(node, lambda user: user.op == "call_function" and user.target in _ADDITIONS)
         if addition is None or len(addition.all_input_nodes) != 2 or addition.kwargs:
             return None, None
-        changed = addition.args[0] is not node and self._writes(addition)
-        if changed or any(map(self._writes, _between(node, addition))):
+        if any(map(self._writes, _between(node, addition))):
             return None, None  # computed later, the convolution could read what was overwritten meanwhile
         (other,) = (each for each in addition.all_input_nodes if each is not node)
         if other in self._layers and self._layers[node].pointwise:
@@ -369,8 +369,7 @@ class _Rewriting:
         if node.op == "call_module":
             return bool(getattr(self._module(node), "inplace", False))
         name = getattr(node.target, "__name__", str(node.target))
-        assigns = getattr(node.target, "__module__", "") == operator.add.__module__ and name.startswith("i")
-        return assigns or name.endswith("_") or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+        return name.endswith("_") or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
 
     def _is_relu(self, node: fx.Node) -> bool:
         if node.op == "call_module":
@@ -395,7 +394,7 @@ class _Rewriting:
 
 
 def _convolution_of(module: nn.Module | None, actuated: ActuatedSubnet) -> Convolution | None:
-    if isinstance(module, WeightSlice) and module.convolution is not None:
+    if isinstance(module, WeightSlice) and module.convolution and not isinstance(module.convolution["padding"], str):
         return Convolution(*actuated.settings[module.slot], **module.convolution)
     if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros" and not isinstance(module.padding, str):
         stride, padding, dilation = ((each[0], each[1]) for each in (module.stride, module.padding, module.dilation))
@@ -423,6 +422,8 @@ def _call_of(module: nn.Module | None, actuated: ActuatedSubnet) -> Call | None:
             return Call("linear", F.linear, layer.weight, layer.bias)
         case WeightSlice(convolution=None) as layer:
             return Call("linear", F.linear, *actuated.settings[layer.slot])
+        case WeightSlice(convolution=dict(form)) as layer:  # padded by name
+            return Call("convolution", torch.conv2d, *actuated.settings[layer.slot], *form.values())
         case SubnetNorm() as norm:
             mean, var, weight, bias, _ = actuated.settings[norm.slot]
             return Call("norm", F.batch_norm, mean, var, weight, bias, False, 0.0, norm.eps)
@@ -446,7 +447,7 @@ def _may_overwrite(end: fx.Node) -> bool:
 
     Steps give no views; anything else that reads the residual may.
     """
-    x, residual = end.all_input_nodes
+    x, residual = cast("tuple[fx.Node, fx.Node]", end.args)
     reads = (user is end or (user < end and isinstance(user.target, Step)) for user in residual.users)
     return isinstance(residual.target, Step) and residual is not x and all(reads)
 

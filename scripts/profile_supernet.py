@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import sys
 from collections.abc import Mapping, Sequence
@@ -99,10 +100,12 @@ class Search:
         if subnet.name not in self.found:
             self.servable.supernet.calibrate(subnet, self._batches)
             extracted, spec = self.servable.supernet.extract(subnet), self.servable.input
+            latency_s = self._latency_s(subnet.name)
+            fast = self.engine.executables.get(subnet.name) if self.engine.executables else None
             candidate = Candidate(
                 name=subnet.name,
-                accuracy=accuracy(self.servable, subnet, self.data.validation),
-                latency_s=self._latency_s(subnet.name),
+                accuracy=accuracy(self.servable, subnet, self.data.validation, fast),
+                latency_s=latency_s,
                 parameters=count_parameters(extracted),
                 macs=count_macs(extracted, (spec.channels, spec.height, spec.width)),
             )
@@ -231,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Search, calibrate, measure, write, report."""
     options = parse_arguments(arguments)
     threads = Config(workers=options.workers, threads=options.threads).threads_per_worker
-    torch.set_num_threads(threads)
+    torch.set_num_threads(max(threads, os.cpu_count() or 1))  # of this thread, which computes accuracies
     try:
         servable = load_servable(options.profile)
         engine = Engine(servable, options.device, workers=options.workers, threads=threads)

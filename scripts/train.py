@@ -54,7 +54,7 @@ PRESETS = {
     "cifar10": Preset(
         widths=(64, 128, 256),
         depths=((1, 2), (1, 2), (2,)),
-        expands=((0.125, 0.25, 0.5, 1.0), (0.125, 0.25, 0.5, 0.75, 1.0), (0.25, 0.375, 0.5, 0.75, 1.0)),
+        expands=((0.125, 0.25, 0.5, 0.75, 1.0), (0.125, 0.25, 0.5, 0.75, 1.0), (0.25, 0.375, 0.5, 0.75, 1.0)),
         crop=4,
         epochs=18,
         stem_width=24,
@@ -249,13 +249,16 @@ def calibration_batches(data: datasets.Dataset, servable: Servable, images: int 
     return [normalise(part, servable.input).to(servable.supernet.device) for part in chosen]
 
 
-def _in_batches(images: np.ndarray, size: int = 500) -> list[np.ndarray]:
+def _in_batches(images: np.ndarray, size: int = 250) -> list[np.ndarray]:
     return [images[start : start + size] for start in range(0, len(images), size)]
 
 
-def accuracy(servable: Servable, subnet: Subnet, split: datasets.Split) -> float:
-    """Part of the images that the (calibrated) subnet classifies correctly."""
-    logits = predict(servable.supernet.actuate(subnet), split.images, servable.input, servable.supernet.device)
+def accuracy(
+    servable: Servable, subnet: Subnet, split: datasets.Split, network: Callable[[Tensor], Tensor] | None = None
+) -> float:
+    """Part of the images that the (calibrated) subnet, or ``network`` in its place, classifies correctly."""
+    network = network or servable.supernet.actuate(subnet)
+    logits = predict(network, split.images, servable.input, servable.supernet.device)
     return float((logits.argmax(1).numpy() == split.labels).mean())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fixtures_supernet import INPUT, SPACE, STAGES, images, randomise, tiny_servable
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -32,8 +31,14 @@ VARIANTS = {
 
 
 def ready(network: nn.Module, stages: tuple[str, ...], space: SubnetSpace) -> Supernet:
-    """A supernet with random norms, as the engine has it: channels-last, for inference."""
-    supernet = Supernet(randomise(network).requires_grad_(False).eval(), stages, space)
+    """A supernet with random weights that give values of both signs, as the engine has it: for inference."""
+    network = randomise(network).requires_grad_(False).eval()
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, std=0.2)
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean -= 1
+    supernet = Supernet(network, stages, space)
     supernet.to(torch.device("cpu"))
     return supernet
 
@@ -91,16 +96,16 @@ def assert_equal(run: Callable[[Tensor], Tensor], reference: Callable[[Tensor], 
             expected, given = reference(x.clone()), run(x)
         assert torch.equal(x, before)
         assert given.shape == expected.shape
+        assert float(expected.abs().max()) > 0.1, "there is something to compare"
         assert float((given - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
 
 
-def assert_executable(subnet: ActuatedSubnet) -> Executable:
+def assert_executable(subnet: ActuatedSubnet) -> None:
     """Shared and packed, at every batch size, as the actuated subnet."""
-    executable = trace(subnet)
-    for run in (executable, executable.packed()):
+    shared = trace(subnet)
+    for run in (shared, shared.packed()):
         for count in BATCHES:
             assert_equal(run, subnet, count)
-    return executable
 
 
 def steps(executable: Executable) -> list[Step]:
@@ -111,14 +116,21 @@ def steps(executable: Executable) -> list[Step]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("number", range(4))
-def test_outputs_are_those_of_the_actuated_subnet(variant: str, number: int) -> None:
-    torch.manual_seed(number)
+@pytest.mark.parametrize("seed", range(3))
+def test_outputs_are_those_of_the_actuated_subnet(variant: str, seed: int) -> None:
     supernet = resnet(**VARIANTS[variant])
-    subnet = SPACE.sample(random.Random(number))
+    subnet = SPACE.sample(random.Random(seed))
     supernet.calibrate(subnet, [images(16, seed=9)])
     assert supernet.actuate(subnet).calibrated
     assert_executable(supernet.actuate(subnet))
+
+
+def test_outputs_of_the_tiny_servable_are_those_of_the_actuated_subnets() -> None:
+    supernet = tiny_servable().supernet
+    for subnet in (SPACE.smallest, SPACE.largest):
+        executable = trace(supernet.actuate(subnet))
+        for run in (executable, executable.packed()):
+            assert_equal(run, supernet.actuate(subnet), 3)
 
 
 @pytest.mark.parametrize("subnet", [SPACE.smallest, SPACE.largest])
@@ -150,11 +162,9 @@ FORMS: dict[str, Callable[[Block, Tensor], Tensor]] = {
     "residual used afterwards": lambda b, x: F.relu(b.norm2(b.conv2(b.relu(b.conv1(x)))) + x) * x,
     "residual of which a view is used afterwards": lambda b, x: _with_view(b, x),
     "residual that a later convolution reads": lambda b, x: _with_branch(b, x),
-    "residual that is overwritten": lambda b, x: _overwriting(b, x),
     "input that is overwritten by a function": lambda b, x: _written_to(b, x, lambda x: F.relu(x, inplace=True)),
     "input that is overwritten by a method": lambda b, x: _written_to(b, x, lambda x: x.mul_(2)),
     "input that is overwritten by a module": lambda b, x: _written_to(b, x, b.relu),
-    "input that is overwritten by an operator": lambda b, x: _written_to(b, x, lambda x: operator.imul(x, 2)),
     "residual of another branch": lambda b, x: b.norm1(b.conv1(x)) + b.norm2(b.conv2(x)),
     "residual of a pointwise branch": lambda b, x: F.relu(b.norm1(b.conv1(x)) + b.norm2(b.point2(x))),
     "residual of two pointwise branches": lambda b, x: F.relu(b.norm1(b.point1(x)) + b.norm2(b.point2(x))),
@@ -190,12 +200,6 @@ def _with_branch(block: Block, x: Tensor) -> Tensor:
     one, other = block.norm1(block.conv1(x)), block.norm2(block.conv2(x))
     total = one + x
     return F.relu(other + total)
-
-
-def _overwriting(block: Block, x: Tensor) -> Tensor:
-    seen, y = x.transpose(2, 3), block.norm1(block.conv1(x))
-    x += y
-    return F.relu(block.conv2(seen) + y)
 
 
 def _written_to(block: Block, x: Tensor, write: Callable[[Tensor], Tensor]) -> Tensor:
@@ -246,20 +250,6 @@ class Repeated(nn.Module):
 )
 def test_stems_of_any_form_are_computed_as_written(stem: nn.Module) -> None:
     assert_executable(actuated(FORMS["residual"], stem))
-
-
-def test_equal_subnets_of_two_supernets_do_not_share_anything() -> None:
-    one, other = (ready(supernets.build("resnet", SIZES)[0], STAGES, SPACE) for _ in range(2))
-    executables = [trace(supernet.actuate(SPACE.largest)) for supernet in (one, other)]
-    assert_equal(executables[0], one.actuate(SPACE.largest), 3)
-    assert_equal(executables[1], other.actuate(SPACE.largest), 3)
-
-
-SIZES = {"channels": 3, "widths": (8, 8, 16), "depths": (2, 2, 2), "classes": 5}
-
-
-def _data_dependent(block: Block, x: Tensor) -> Tensor:
-    return block.conv2(block.conv1(x)) if x.sum() > 0 else block.conv1(x)
 
 
 class Undecided(Net):
@@ -391,10 +381,11 @@ def cache_of(budget: float, *channels: int) -> ExecutableCache:
 COLUMNS = {channels: column(channels) for channels in range(1, 6)}
 
 
+@settings(max_examples=25)  # each of them traces and packs
 @given(
-    budget=st.integers(0, 70),
-    channels=st.lists(st.integers(1, 5), min_size=1, max_size=5),
-    uses=st.lists(st.integers(-1, 4), max_size=20),
+    budget=st.integers(0, 50),
+    channels=st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    uses=st.lists(st.integers(-1, 3), max_size=15),
 )
 def test_the_cache_keeps_its_budget(budget: int, channels: list[int], uses: list[int]) -> None:
     cache = cache_of(budget, *channels)

@@ -192,7 +192,7 @@ def test_the_bundled_cifar_network_keeps_its_form() -> None:
     preset = train.PRESETS["cifar10"]
     space = SubnetSpace(preset.depths, preset.expands)
     assert (preset.widths, preset.stem_width, preset.pooled) == ((64, 128, 256), 24, True)
-    assert (len(space), space.smallest.name, space.largest.name) == (400, "d1-1-2-e0.125-0.125-0.25", "d2-2-2-e1")
+    assert (len(space), space.smallest.name, space.largest.name) == (500, "d1-1-2-e0.125-0.125-0.25", "d2-2-2-e1")
 
 
 def test_other_photographs_get_the_network_of_cifar() -> None:
