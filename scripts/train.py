@@ -288,6 +288,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--share", type=_part, default=1.0, help="part of each batch that the smaller subnets learn from; saves time"
     )
+    parser.add_argument("--cutout", type=int, help="side of the square cut out of each image (default: 8, digits: 0)")
     parser.add_argument("--image-size", type=int, default=32, help="side to which a folder's images are resized")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
@@ -314,7 +315,7 @@ def recipe_of(options: argparse.Namespace, data: datasets.Dataset) -> Recipe:
         middle=options.middle,
         seed=options.seed,
         crop=preset_of(data).crop,
-        cutout=preset_of(data).cutout,
+        cutout=preset_of(data).cutout if options.cutout is None else options.cutout,
         distill_weight=options.distill_weight,
         share=options.share,
         bfloat16=options.bfloat16,

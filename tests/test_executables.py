@@ -244,7 +244,9 @@ class Repeated(nn.Module):
         nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect", bias=False), nn.BatchNorm2d(8), nn.ReLU()),
         nn.Sequential(nn.Conv2d(3, 8, 3, 2, 2, dilation=2), nn.AvgPool2d(2, 1), nn.Dropout(), nn.BatchNorm2d(8)),
         nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(4), nn.GELU()),
-        nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(12, 8, 1), nn.ReLU(), nn.PixelShuffle(2), nn.BatchNorm2d(2), Repeated(4)),
+        nn.Sequential(
+            nn.PixelUnshuffle(2), nn.Conv2d(12, 8, 1), nn.ReLU(), nn.PixelShuffle(2), nn.BatchNorm2d(2), Repeated(4)
+        ),
     ],
     ids=["grouped", "reflecting", "dilated", "adaptive", "shuffled"],
 )
@@ -577,7 +579,9 @@ def test_a_memory_budget_is_bytes_or_a_multiple_of_the_weights(text: str, budget
     assert Config(memory_budget=text).memory_budget_bytes(1000) == budget
 
 
-@pytest.mark.parametrize("text", ["", "x", "-1", "2X", "many", "1e6", "\N{ARABIC-INDIC DIGIT ONE}x", "1.5", " 2x", "2x\n"])
+@pytest.mark.parametrize(
+    "text", ["", "x", "-1", "2X", "many", "1e6", "\N{ARABIC-INDIC DIGIT ONE}x", "1.5", " 2x", "2x\n"]
+)
 def test_other_memory_budgets_are_refused_with_what_is_allowed(text: str) -> None:
     with pytest.raises(ConfigError, match=r"memory_budget must be a number of bytes, or a multiple .* such as 2x, not"):
         Config(memory_budget=text)
