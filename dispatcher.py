@@ -12,11 +12,13 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from profiletable import Corrections
 from slackfit import Entry, Policy, ProfileTable
 from web.errors import BatchFailed, DeadlineExceeded, NotReady, QueueFull, ServeError
 
@@ -172,14 +174,17 @@ class SlowedQueue:
 
 # The slowdown that is followed; slower than this is a hang, not a device to plan for.
 MOST_SLOWDOWN = 20.0
+NOTABLE = 1.15  # an entry's own correction is worth a new table from this factor on
+CORRECTED_EVERY_S = 1.0
 
 
 class Dispatcher:
     """Decides what happens to each query, and answers it exactly once. Synchronous; the clock is passed in.
 
     ``slowdown`` is how much longer batches take than the table says, learnt from those that finish: a hot device or a
-    busy neighbour is followed within a few batches; without ``correction`` the table is believed. ``margin`` is added
-    to every latency, as a fraction of it, for what cannot be foreseen.
+    busy neighbour is followed within a few batches. What single entries take longer than others, ``corrections`` learns
+    and ``correct_table`` makes a new ``table`` of, from the one that was ``measured``. Without ``correction`` the table
+    is believed. ``margin`` is added to every latency, as a fraction of it, for what cannot be foreseen.
 
     ``counters`` holds arrivals and outcomes: in_time, late, expired (deadline passed while waiting), given_up (the
     policy dropped it early), infeasible and queue_full (rejected on arrival), failed, cancelled. When nothing is
@@ -197,12 +202,17 @@ class Dispatcher:
         margin: float = 0.0,
         correction: bool = True,
     ) -> None:
-        self.table, self.policy, self.clock = table, policy, clock
+        self.policy, self.clock = policy, clock
+        self.measured = self.table = table
         self.heap = DeadlineHeap()
         self.counters: Counter[str] = Counter()
         self.idle_workers = workers
         self.overhead_s = 0.0
         self.slowdown = 1.0
+        self._measured_s = {entry.name: entry.latency_s for entry in table.entries}
+        self.corrections = Corrections(self._measured_s)
+        self.applied = dict.fromkeys(self._measured_s, 1.0)  # corrections that the table in use includes
+        self._corrected_s = -inf
         self._workers = workers
         self._max_queue = max_queue
         self._margin = margin
@@ -226,6 +236,28 @@ class Dispatcher:
             raise self._too_late(query, "the deadline cannot be met", predicted_s=now_s + needed_s - query.arrival_s)
         self.policy.arrived(now_s, max(0.0, query.slo_s - self.overhead_s) / self._stretch)
         self.heap.push(query)
+
+    def correct_table(self) -> bool:
+        """Make a new table in use if what was learnt of single entries differs notably from it; whether there is one.
+
+        Looks once a second at most. Queries and batches stay as they are, and the policy keeps what it remembers. One
+        that cannot change its table keeps that as well, and ``slowdown`` follows what its batches take.
+        """
+        now_s = self.clock()
+        if now_s < self._corrected_s + CORRECTED_EVERY_S:
+            return False
+        self._corrected_s = now_s
+        learnt = self.corrections.factors(now_s)
+        if all(1 / NOTABLE <= factor / self.applied[name] <= NOTABLE for name, factor in learnt.items()):
+            return False
+        # Small corrections are left to the slowdown, so that each that is applied is also taken back some time.
+        applied = {name: factor if factor > NOTABLE else 1.0 for name, factor in learnt.items()}
+        table = self.measured.stretched(applied)
+        if not self.policy.adopt(table):
+            return False
+        self.table, self.applied = table, applied
+        self._accuracies = [entry.accuracy for entry in table.entries]
+        return True
 
     def cancel(self, query: Query) -> None:
         """The client of a query went away: free its place. A query refused at that very moment is counted as such."""
@@ -293,10 +325,16 @@ class Dispatcher:
         return now_s
 
     def _learn(self, batch: Batch, taken_s: float) -> None:
-        """Follow the slowdown, up quickly and down slowly; the table's own high percentile is the least it can be."""
+        """Follow the slowdown, up quickly and down slowly; the table's own high percentile is the least it can be.
+
+        Judged by the table in use now, which may have been corrected since the batch was decided.
+        """
         if not self._correction:
             return
-        seen = taken_s / batch.entry.latency_s[len(batch.queries)]
+        name = batch.entry.name
+        ratio = taken_s / self._measured_s[name][len(batch.queries)]
+        self.corrections.learn(name, ratio, self.clock())
+        seen = ratio / self.applied[name]
         followed = self.slowdown + (seen - self.slowdown) * (0.2 if seen > self.slowdown else 0.02)
         self.slowdown = min(max(1.0, followed), MOST_SLOWDOWN)
 

@@ -1,7 +1,8 @@
 """The profile table: what is known of each choice, its accuracy and its latencies, and the files that hold them.
 
 ``choices.json`` says what is true on any device (accuracy, size), one latency file per device how long a batch takes
-there. ``build_table`` makes of both the ``ProfileTable`` that policies (slackfit.py) plan with.
+there. ``build_table`` makes of both the ``ProfileTable`` that policies (slackfit.py) plan with. ``Corrections`` learns
+while serving which entries take longer than their rows say.
 
 This file knows neither policies nor queries, neither torch nor HTTP.
 """
@@ -10,9 +11,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -128,6 +130,14 @@ class ProfileTable:
         known = ", ".join(entry.name for entry in self.entries)
         raise ProfileError(f"no entry '{name}' in the profile table: there are {known}")
 
+    def stretched(self, factors: Mapping[str, float]) -> ProfileTable:
+        """This table where entries take ``factors[name]`` times as long, without those that others then dominate.
+
+        Factors are of all entries, by name. The most accurate entry stays, whatever its factor.
+        """
+        entries = (_stretched(entry, factors[entry.name]) for entry in self.entries)
+        return replace(self, entries=_frontier(entries, self.batch_sizes))
+
 
 def build_table(
     choices: Iterable[Choice],
@@ -152,16 +162,29 @@ def build_table(
     return ProfileTable(entries=_frontier(entries, batch_sizes), batch_sizes=tuple(batch_sizes), device=device)
 
 
-def table_document(table: ProfileTable) -> dict[str, object]:
-    """The table as JSON for people and dashboards, latencies in milliseconds by profiled batch size."""
+def table_document(table: ProfileTable, corrections: Mapping[str, float], slowdown: float) -> dict[str, object]:
+    """The table as JSON for people and dashboards, latencies in milliseconds by profiled batch size.
+
+    ``corrections`` and ``slowdown`` are how many times as long each entry, and all of them, take at present.
+    """
     shown = ("name", "kind", "accuracy", "test_accuracy", "parameters", "macs")
     entries = [
         {name: getattr(entry.choice, name) for name in shown}
         | {"latency_ms": [_ms(entry.latency_s[size]) for size in table.batch_sizes]}
+        | {"correction": round(corrections[entry.name], 3)}
         for entry in table.entries
     ]
     device = asdict(table.device) if table.device else None
-    return {"device": device, "batch_sizes": list(table.batch_sizes), "entries": entries}
+    return {
+        "device": device,
+        "slowdown": round(slowdown, 3),
+        "batch_sizes": list(table.batch_sizes),
+        "entries": entries,
+    }
+
+
+def _stretched(entry: Entry, factor: float) -> Entry:
+    return entry if factor == 1 else replace(entry, latency_s=tuple(factor * each_s for each_s in entry.latency_s))
 
 
 def _slug(text: str) -> str:
@@ -228,6 +251,63 @@ def _frontier(entries: Iterable[Entry], batch_sizes: Sequence[int]) -> tuple[Ent
         if not kept or entry.accuracy > kept[-1].accuracy:
             kept.append(entry)
     return tuple(kept)
+
+
+# --------------------------------------------------------------------------------------------------------- corrections
+
+MOST_CORRECTION = 4.0
+FEWEST_BATCHES = 10  # of an entry, before it is corrected
+LEARNT_UP, LEARNT_DOWN = 0.1, 0.03  # of what is seen, each time; the table's own latencies are high percentiles too
+BOLDEST = 1.5  # times what was believed is as much as one batch is believed to show: any may have met with a hiccup
+HALF_LIFE_S = 10.0
+
+
+class Corrections:
+    """How many times as long as its row says each entry takes, beyond what slows down all of them: from 1 to 4.
+
+    A slow batch alone does not tell whether its entry is slow or the device. So an entry is judged when batches of it
+    follow on those of others and others follow on them: by its first batch and the slowest of three others just before,
+    and by its last batch and the next one. The lesser of both counts, for what befalls the device in between shows on
+    one side only. What is faster than its row counts as what the row says.
+
+    An entry that is judged no more (it runs alone, or not at all since it was found slow) is given another chance: half
+    of what it took too long is forgotten every 10 s.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._learnt = dict.fromkeys(names, 1.0)
+        self._judged_s = dict.fromkeys(self._learnt, 0.0)
+        self._batches: Counter[str] = Counter()
+        self._recent: deque[tuple[str, float]] = deque(maxlen=6)  # name, and how long it took beyond its correction
+        self._running, self._at_first, self._last = "", 0.0, 0.0  # the latest batches of one entry in a row
+
+    def learn(self, name: str, ratio: float, now_s: float) -> None:
+        """A batch of this entry took ``ratio`` times as long as its row says."""
+        level = max(1.0, ratio / self._factor(name, now_s))
+        if name != self._running:
+            if self._running:
+                self._judge(self._running, min(self._at_first, self._last / level), now_s)
+            levels = [recent for other, recent in self._recent if other != name][-3:]
+            self._running, self._at_first = name, ratio / max(levels) if levels else 0.0
+        self._last = ratio
+        self._recent.append((name, level))
+        self._batches[name] += 1
+
+    def factors(self, now_s: float) -> dict[str, float]:
+        """What is known of each entry now, by name."""
+        return {
+            name: self._factor(name, now_s) if self._batches[name] >= FEWEST_BATCHES else 1.0 for name in self._learnt
+        }
+
+    def _judge(self, name: str, seen: float, now_s: float) -> None:
+        believed = self._factor(name, now_s)
+        change = min(seen, BOLDEST * believed) - believed
+        followed = believed + change * (LEARNT_UP if change > 0 else LEARNT_DOWN)
+        self._learnt[name], self._judged_s[name] = min(max(1.0, followed), MOST_CORRECTION), now_s
+
+    def _factor(self, name: str, now_s: float) -> float:
+        excess = self._learnt[name] - 1
+        return 1 + excess * 0.5 ** ((now_s - self._judged_s[name]) / HALF_LIFE_S) if excess else 1.0
 
 
 # -------------------------------------------------------------------------------------------------- the profile's files

@@ -81,7 +81,7 @@ class Decision:
 
 
 class Policy(Protocol):
-    """Decides what an idle worker does next; remembers nothing but what these two methods were told."""
+    """Decides what an idle worker does next; remembers nothing but what these methods were told."""
 
     name: str
 
@@ -92,6 +92,10 @@ class Policy(Protocol):
     def decide(self, now_s: float, queue: QueueView, lowest: int = 0) -> Decision:
         """What to do now, the queue not being empty, with the table's entries from index ``lowest`` on."""
         ...
+
+    def adopt(self, table: ProfileTable) -> bool:
+        """Decide by this table from now on, as if made for it; False: a policy that stays with the one it has."""
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,11 +350,16 @@ class SlackFit(Policy):
         if buckets < 1:
             raise PolicyError(f"slackfit needs at least one bucket, not {buckets}")
         self.name = "slackfit" if buckets == DEFAULT_BUCKETS else f"slackfit:{buckets}"
-        self._table = table
         self._buckets = buckets
+        self.adopt(table)
+
+    def adopt(self, table: ProfileTable) -> bool:
+        """Answers are tabled anew."""
+        self._table = table
         self._least_s = min(entry.latency_s[1] for entry in table.entries)
-        self._width_s = (max(entry.latency_s[-1] for entry in table.entries) - self._least_s) / buckets
+        self._width_s = (max(entry.latency_s[-1] for entry in table.entries) - self._least_s) / self._buckets
         self._plans = {0: self._plan(0)}
+        return True
 
     def decide(self, now_s: float, queue: QueueView, lowest: int = 0) -> Decision:
         """Two look-ups by bisection; the first decision at an accuracy floor also tables its answers."""
@@ -410,12 +419,21 @@ class FixedSubnet(Policy):
         return Decision(rest.given_up, self._entry, largest_batch(self._entry.latency_s, rest.slack_s, rest.count))
 
 
-class MaxAccuracy(Policy):
-    """A greedy rival from the SuperServe paper: accuracy first, then as large a batch as that leaves slack for."""
+class _Stateless(Policy):
+    """A policy that knows nothing but the table's entries."""
 
     def __init__(self, table: ProfileTable) -> None:
-        self.name = "maxaccuracy"
+        self.adopt(table)
+
+    def adopt(self, table: ProfileTable) -> bool:
         self._entries = table.entries
+        return True
+
+
+class MaxAccuracy(_Stateless):
+    """A greedy rival from the SuperServe paper: accuracy first, then as large a batch as that leaves slack for."""
+
+    name = "maxaccuracy"
 
     def decide(self, now_s: float, queue: QueueView, lowest: int = 0) -> Decision:
         """The most accurate entry that can serve the most urgent query in time, in the largest batch that fits."""
@@ -426,12 +444,10 @@ class MaxAccuracy(Policy):
         return Decision(rest.given_up, entry, largest_batch(entry.latency_s, rest.slack_s, rest.count))
 
 
-class MaxBatch(Policy):
+class MaxBatch(_Stateless):
     """The other greedy rival from the SuperServe paper: as many queries as possible, then accuracy."""
 
-    def __init__(self, table: ProfileTable) -> None:
-        self.name = "maxbatch"
-        self._entries = table.entries
+    name = "maxbatch"
 
     def decide(self, now_s: float, queue: QueueView, lowest: int = 0) -> Decision:
         """The largest batch that the cheapest entry does within the slack, on the most accurate that does so too."""
@@ -443,12 +459,10 @@ class MaxBatch(Policy):
         return Decision(rest.given_up, _most_accurate(self._entries[lowest:], batch_size, rest.slack_s), batch_size)
 
 
-class CheapestFirst(Policy):
+class CheapestFirst(_Stateless):
     """The cheapest model that meets the client's accuracy, as INFaaS picks it (Romero et al., USENIX ATC 2021)."""
 
-    def __init__(self, table: ProfileTable) -> None:
-        self.name = "cheapest"
-        self._entries = table.entries
+    name = "cheapest"
 
     def decide(self, now_s: float, queue: QueueView, lowest: int = 0) -> Decision:
         """The cheapest entry that may be used, in the largest batch that fits."""
@@ -476,10 +490,15 @@ class HalfSLO:
 
     def __init__(self, table: ProfileTable, workers: int = 1) -> None:
         self.name = "halfslo"
-        self._table = table
         self._workers = workers
         self._share = _share_of_slo(workers)
         self._arrivals = Arrivals()
+        self.adopt(table)
+
+    def adopt(self, table: ProfileTable) -> bool:
+        """Arrivals stay in memory."""
+        self._table = table
+        return True
 
     def arrived(self, now_s: float, slo_s: float) -> None:
         """Remember the SLO: the shortest recent one caps the length of a batch."""
@@ -525,12 +544,17 @@ class PaceFit:
 
     def __init__(self, table: ProfileTable, workers: int = 1) -> None:
         self.name = "pacefit"
-        self._table = table
         self._workers = workers
         self._share = _share_of_slo(workers)
         self._arrivals = Arrivals()
         self._overloads = _Overloads()
+        self.adopt(table)
+
+    def adopt(self, table: ProfileTable) -> bool:
+        """Arrivals and overloads stay in memory; hulls are tabled anew."""
+        self._table = table
         self._hulls = {0: _hulls(table.entries)}
+        return True
 
     def arrived(self, now_s: float, slo_s: float) -> None:
         """Remember when, for the rate, and the SLO."""

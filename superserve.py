@@ -225,6 +225,9 @@ class SuperServe:
     async def submit(self, input: NDArray[Any], arrival_s: float, parameters: Parameters) -> Reply:
         """Queue one decoded input and wait for its answer; cancelling frees its place."""
         dispatcher = self._open()
+        if dispatcher.correct_table():
+            slower = {name: round(factor, 3) for name, factor in dispatcher.applied.items() if factor > 1}
+            log_event("table corrected", slower=slower, slowdown=round(dispatcher.slowdown, 3))
         reply: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         query = Query(
             input=input, arrival_s=arrival_s, slo_s=parameters.slo_s, reply=reply,
@@ -241,7 +244,9 @@ class SuperServe:
 
     def profile_document(self) -> dict[str, object]:
         """What GET /profile answers."""
-        return slackfit.table_document(self._open().table)
+        dispatcher = self._open()
+        corrections = dispatcher.corrections.factors(self.clock())
+        return slackfit.table_document(dispatcher.measured, corrections, dispatcher.slowdown)
 
     def _reply(self, query: Query, answer: Answer, now_s: float, top_k: int) -> Reply:
         row = answer.probabilities
@@ -410,7 +415,7 @@ async def handle_readyz(request: web.Request) -> web.Response:
 
 
 async def handle_profile(request: web.Request) -> web.Response:
-    """GET /profile: the table that the policy decides by."""
+    """GET /profile: the table as measured, and by what it is corrected at present."""
     return json_response(request.app[SERVE].profile_document())
 
 

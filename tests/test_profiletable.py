@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 
 import pytest
 from conftest import choice, in_ms, table_of
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from profiletable import (
     Choice,
+    Corrections,
     Device,
     DeviceMismatch,
     Latencies,
@@ -29,6 +31,9 @@ from profiletable import (
 )
 
 DEVICE = Device(kind="cpu", name="AMD EPYC 7R13 (2 cores)", torch="2.13.0", dtype="float32", threads=1, workers=2)
+
+
+NONE = {f"s{number}": 1.0 for number in range(1, 7)}  # corrections of the fixture's entries
 
 
 # --------------------------------------------------------------------------------------------------- building the table
@@ -82,15 +87,144 @@ def test_a_table_is_frozen(table: ProfileTable) -> None:
         table.entries = ()  # type: ignore[misc]
 
 
+def test_a_stretched_table_leaves_the_measured_one_and_other_entries_as_they_are(table: ProfileTable) -> None:
+    stretched, latency_s = table.stretched({**NONE, "s2": 1.2}), table.by_name("s2").latency_s
+    assert stretched.by_name("s2").latency_s == pytest.approx([1.2 * each_s for each_s in latency_s])
+    assert stretched.by_name("s3") is table.by_name("s3")
+    assert table.stretched(NONE) == table
+
+
+def test_a_stretched_table_drops_what_a_more_accurate_entry_then_does_in_less_time(table: ProfileTable) -> None:
+    stretched = table.stretched({**NONE, "s1": 2.0, "s3": 1.2})
+    assert [entry.name for entry in stretched.entries] == ["s2", "s4", "s5", "s6"]
+    assert stretched.batch_sizes == table.batch_sizes
+
+
+def test_the_most_accurate_entry_is_never_dropped(table: ProfileTable) -> None:
+    assert table.stretched({**NONE, "s6": 4.0}).most_accurate.name == "s6"
+
+
 def test_the_table_document_is_json_in_milliseconds(table: ProfileTable) -> None:
-    document = json.loads(json.dumps(table_document(replace(table, device=DEVICE))))
+    corrections = {**NONE, "s2": 1.23456}
+    document = json.loads(json.dumps(table_document(replace(table, device=DEVICE), corrections, slowdown=1.5)))
+    assert [entry["correction"] for entry in document["entries"]] == [1, 1.235, 1, 1, 1, 1]
+    assert document["slowdown"] == 1.5
     assert document["device"]["threads"] == 1
     assert document["batch_sizes"] == [1, 2, 4, 8, 16, 32, 64]
     assert document["entries"][1]["name"] == "s2"
     assert document["entries"][1]["latency_ms"][0] == 2.8
     assert set(document["entries"][0]) == {
-        "name", "kind", "accuracy", "test_accuracy", "parameters", "macs", "latency_ms",
+        "name", "kind", "accuracy", "test_accuracy", "parameters", "macs", "latency_ms", "correction",
     }  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------- corrections
+
+NAMES = "abcd"
+
+
+class Served:
+    """Entries that serve batches in random turns, 100 a second, and the most that each was corrected by meanwhile."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.corrections, self.rng, self.now_s = Corrections(NAMES), random.Random(seed), 100.0
+        self.most = dict.fromkeys(NAMES, 1.0)
+
+    def run(self, count: int, among: str = NAMES, least: float = 1.0, **factors: float) -> dict[str, float]:
+        """Batches that take from ``least`` to 1 times as long as the table and the factors by name say."""
+        for name in self.rng.choices(among, k=count):
+            self.now_s += 0.01
+            self.corrections.learn(name, factors.get(name, 1.0) * self.rng.uniform(least, 1), self.now_s)
+            self.most = {name: max(self.most[name], factor) for name, factor in self.factors.items()}
+        return self.factors
+
+    @property
+    def factors(self) -> dict[str, float]:
+        return self.corrections.factors(self.now_s)
+
+
+EQUAL = dict.fromkeys(NAMES, 1.0)
+ALL_TWICE = dict.fromkeys(NAMES, 2.0)
+
+
+@given(st.lists(st.tuples(st.sampled_from(NAMES), st.floats(0.6, 1)), max_size=60))
+def test_entries_that_keep_to_the_table_are_not_corrected(batches: list[tuple[str, float]]) -> None:
+    corrections = Corrections(NAMES)
+    for name, ratio in batches:
+        corrections.learn(name, ratio, 0.0)
+    assert corrections.factors(0.0) == EQUAL
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("slow", [1.3, 1.6, 2.0])
+def test_a_slow_entry_is_recognised_within_20_of_its_batches_and_no_other_is(slow: float, seed: int) -> None:
+    served = Served(seed)
+    factors = served.run(80, least=0.9, b=slow)
+    assert 1 + (slow - 1) / 2 < factors.pop("b") <= slow
+    assert set(factors.values()) == {1.0}
+
+
+def test_slow_entries_are_recognised_though_they_are_half_of_all() -> None:
+    factors = Served().run(400, least=0.9, a=1.5, c=1.5)
+    assert min(factors["a"], factors["c"]) > 1.25
+    assert factors["b"] == factors["d"] == 1
+
+
+def test_a_correction_ends_where_the_entry_is_and_goes_back_when_that_is_over() -> None:
+    served = Served()
+    assert served.run(1000, c=1.5)["c"] == pytest.approx(1.5, rel=0.02)
+    assert served.run(300)["c"] < 1.1
+    assert served.run(3000)["c"] == pytest.approx(1, abs=0.001)
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 1000), st.integers(0, 40), st.sampled_from([0.6, 0.8, 1.0]), st.sampled_from(["ab", NAMES]))
+def test_a_slowdown_of_all_for_100_batches_is_no_entry_s_own(seed: int, before: int, least: float, among: str) -> None:
+    served = Served(seed)
+    for count, factors in ((before, EQUAL), (100, ALL_TWICE), (100, EQUAL)):
+        served.run(count, among, least, **factors)
+    assert max(served.most.values()) < 1.1
+
+
+def test_a_slow_entry_is_told_from_the_others_while_all_are_slow() -> None:
+    served = Served()
+    served.run(100, least=0.9)
+    factors = served.run(200, least=0.9, **(ALL_TWICE | {"b": 3.0}))
+    assert factors.pop("b") == pytest.approx(1.4, abs=0.1)
+    assert max(factors.values()) < 1.05
+
+
+def test_an_entry_that_runs_alone_is_not_judged() -> None:
+    assert Served().run(100, "a", a=2.0) == EQUAL
+
+
+def test_fewer_than_ten_batches_correct_nothing() -> None:
+    corrections = Corrections("ab")
+    for _ in range(10):
+        assert corrections.factors(0.0)["b"] == 1
+        corrections.learn("a", 1.0, 0.0)
+        corrections.learn("b", 3.0, 0.0)
+    assert corrections.factors(0.0)["b"] > 1.5
+
+
+def test_one_hiccup_is_no_correction() -> None:
+    served = Served()
+    served.run(100)
+    served.run(1, "b", b=50.0)
+    assert served.run(100) == EQUAL
+    assert served.most["b"] <= 1.05
+
+
+def test_a_correction_is_four_at_most() -> None:
+    assert 3.9 < Served().run(400, b=50.0)["b"] <= 4
+
+
+def test_what_is_not_judged_again_is_half_forgotten_every_10_s() -> None:
+    served = Served()
+    factor = served.run(200, b=2.0)["b"]
+    served.run(1, "a")  # so that a's, and not b's, are the next batches to be judged
+    served.now_s += 9.99
+    assert served.run(1, "a")["b"] - 1 == pytest.approx((factor - 1) / 2, rel=0.2)
 
 
 # -------------------------------------------------------------------------------------------------- the profile's files

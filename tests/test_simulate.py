@@ -17,7 +17,7 @@ from scripts import simulate as simulator
 from scripts import workloads
 from scripts.oracle import optimum
 from scripts.simulate import Noise, Outage, Results, SimulationError, Slowdown, simulate, summarise
-from slackfit import POLICIES, Decision, QueueView, make_policy
+from slackfit import POLICIES, Decision, Policy, QueueView, make_policy
 
 ROOT = Path(__file__).parents[1]
 PAPER = ROOT / "profiles" / "paper-ofa-resnet50"
@@ -111,12 +111,10 @@ def test_time_to_answer_counts_and_is_learnt(table: ProfileTable) -> None:
     assert run(table, np.arange(50) / 100, "fixed:smallest", 0.0035, answer_s=0.002).outcomes["infeasible"] > 5
 
 
-class Never:
+class Never(Policy):
     """A policy that runs nothing."""
 
     name = "never"
-
-    def arrived(self, now_s: float, slo_s: float) -> None: ...
 
     def decide(self, now_s: float, queue: QueueView, lowest: int = 0) -> Decision:
         return Decision(0, None, 0)

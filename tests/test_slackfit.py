@@ -155,6 +155,23 @@ def test_the_same_queue_gets_the_same_decision(table: ProfileTable, queue: Queue
     assert decide(policy, queue) == policy.decide(NOW_S, queue)
 
 
+@given(tables(crossing=True), tables(crossing=True), any_queue, st.integers(0, 20), st.sampled_from(SPECS[:-1]))
+def test_a_policy_that_adopts_a_table_decides_as_one_made_for_it_that_saw_the_same(
+    old: ProfileTable, new: ProfileTable, queue: Queue, arrivals: int, spec: str
+) -> None:
+    policy, fresh = make_policy(spec, old), make_policy(spec, new)
+    for each in (policy, fresh):
+        for number in range(arrivals):
+            each.arrived(NOW_S - 0.1 + number / 400, 0.01 + number / 1000)
+        each.decide(NOW_S, Queue([NOW_S - 1]))  # hopeless: an overload
+    assert policy.adopt(new)
+    assert policy.decide(NOW_S, queue) == fresh.decide(NOW_S, queue)
+
+
+def test_a_fixed_policy_keeps_its_table(table: ProfileTable) -> None:
+    assert not make_policy("fixed:s2", table).adopt(table)
+
+
 # ----------------------------------------------------------------------------------------------------------- early drop
 
 

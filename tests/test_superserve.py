@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import math
+import random
 import shutil
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -224,6 +225,124 @@ def test_without_correction_the_table_is_believed(table: ProfileTable) -> None:
     assert dispatcher.slowdown == 1
 
 
+class Turns(Policy):
+    """A policy that runs single queries on random entries of its table."""
+
+    def __init__(self, table: ProfileTable) -> None:
+        self.name, self.rng, self.table = "turns", random.Random(0), table
+
+    def adopt(self, table: ProfileTable) -> bool:
+        self.table = table
+        return True
+
+    def decide(self, now_s: float, queue: slackfit.QueueView, lowest: int = 0) -> Decision:
+        return Decision(0, self.rng.choice(self.table.entries[lowest:]), 1)
+
+
+def in_turns(table: ProfileTable, **settings: Any) -> tuple[Dispatcher, Clock]:
+    clock = Clock()
+    return Dispatcher(table, Turns(table), clock, workers=1, max_queue=10, **settings), clock
+
+
+def corrected(dispatcher: Dispatcher, clock: Clock, count: int, least: float = 1.0, **factors: float) -> int:
+    """Run batches of one that take from ``least`` to 1 times their measured latency and factor; how many new tables."""
+    renewed, rng = 0, random.Random(1)
+    for _ in range(count):
+        dispatcher.submit(make_query(clock, 10_000))
+        batch = running(dispatcher)
+        measured_s = dispatcher.measured.by_name(batch.entry.name).latency_s[1]
+        clock.now_s += rng.uniform(least, 1) * factors.get(batch.entry.name, 1.0) * measured_s
+        dispatcher.settle(batch, serving.outputs_for(1, clock()))
+        renewed += dispatcher.correct_table()
+    return renewed
+
+
+def slow_down(dispatcher: Dispatcher, now_s: float, name: str, factor: float) -> None:
+    """Let an entry be known to be slow."""
+    other = next(entry.name for entry in dispatcher.measured.entries if entry.name != name)
+    for _ in range(60):
+        dispatcher.corrections.learn(name, factor, now_s)
+        dispatcher.corrections.learn(other, 1.0, now_s)
+
+
+def test_batches_as_fast_as_the_table_says_never_make_a_new_one(table: ProfileTable) -> None:
+    dispatcher, clock = in_turns(table)
+    assert corrected(dispatcher, clock, 800, least=0.6) == 0
+    assert dispatcher.table is table
+
+
+def test_what_slows_down_all_entries_alike_makes_no_new_table(table: ProfileTable) -> None:
+    dispatcher, clock = in_turns(table)
+    assert corrected(dispatcher, clock, 500, **{entry.name: 2.0 for entry in table.entries}) == 0
+    assert dispatcher.slowdown == pytest.approx(2, rel=0.01)
+
+
+def test_a_slow_entry_is_planned_with_what_it_takes_and_the_others_as_before(table: ProfileTable) -> None:
+    dispatcher, clock = in_turns(table)
+    assert 1 <= corrected(dispatcher, clock, 500, s6=1.5) <= 3
+    assert dispatcher.table.by_name("s6").latency_s[1] == pytest.approx(1.5 * table.by_name("s6").latency_s[1], rel=0.1)
+    assert dispatcher.table.entries[:-1] == table.entries[:-1]
+    assert dispatcher.slowdown == pytest.approx(1, abs=0.1)
+
+
+def test_an_entry_too_slow_to_be_of_use_is_left_out_and_tried_again_later(table: ProfileTable) -> None:
+    dispatcher, clock = in_turns(table)
+    corrected(dispatcher, clock, 500, s5=2.0)
+    assert [entry.name for entry in dispatcher.table.entries] == ["s1", "s2", "s3", "s4", "s6"]
+    assert dispatcher.measured is table
+    clock.now_s += 30
+    assert dispatcher.correct_table()
+    assert dispatcher.table == table
+    assert corrected(dispatcher, clock, 500) == 0
+
+
+def test_accuracy_floors_follow_the_table_in_use(table: ProfileTable) -> None:
+    dispatcher, clock = in_turns(table)
+    corrected(dispatcher, clock, 500, s5=2.0)
+    for entry in table.entries:
+        dispatcher.submit(make_query(clock, 10_000, min_accuracy=entry.accuracy))
+        batch = running(dispatcher)
+        assert batch.entry.accuracy >= entry.accuracy
+        dispatcher.fail(batch, "not of interest")
+    with pytest.raises(DeadlineExceeded):  # s5 was measured to do it
+        dispatcher.submit(make_query(clock, 5.5, min_accuracy=table.by_name("s5").accuracy))
+
+
+def test_the_table_is_looked_at_once_a_second(table: ProfileTable) -> None:
+    dispatcher, clock = in_turns(table)
+    assert not dispatcher.correct_table()
+    slow_down(dispatcher, clock(), "s6", 2.0)
+    assert not dispatcher.correct_table()
+    clock.now_s += 1
+    assert dispatcher.correct_table()
+
+
+def test_without_correction_no_entry_is_corrected_either(table: ProfileTable) -> None:
+    dispatcher, clock = in_turns(table, correction=False)
+    assert corrected(dispatcher, clock, 500, s6=2.0) == 0
+
+
+def test_a_fixed_policy_keeps_its_table_and_the_slowdown_follows_what_it_takes(table: ProfileTable) -> None:
+    clock = Clock()
+    dispatcher = dispatcher_of(table, clock, "fixed:s6")
+    slow_down(dispatcher, clock(), "s6", 2.0)
+    assert corrected(dispatcher, clock, 200, s6=2.0) == 0
+    assert dispatcher.table is table
+    assert dispatcher.slowdown == pytest.approx(2)
+
+
+def test_a_batch_decided_by_the_old_table_is_settled_by_what_is_known_now(table: ProfileTable) -> None:
+    clock = Clock()
+    dispatcher = dispatcher_of(table, clock)
+    batch = running(submitted(dispatcher, make_query(clock, 10_000)))
+    assert batch.entry is table.by_name("s6")
+    slow_down(dispatcher, clock(), "s6", 1.5)
+    assert dispatcher.correct_table()
+    clock.now_s += 1.5 * batch.entry.latency_s[1]
+    dispatcher.settle(batch, serving.outputs_for(1, clock()))
+    assert dispatcher.slowdown == pytest.approx(1, abs=0.01)
+
+
 def test_a_device_faster_than_its_table_is_planned_for_by_the_table(table: ProfileTable) -> None:
     clock = Clock()
     dispatcher = dispatcher_of(table, clock)
@@ -333,21 +452,18 @@ def test_a_policy_that_runs_nothing_is_asked_again_only_after_it_gave_up_somethi
     assert outcomes(dispatcher) == {"given_up": 3}
 
 
-class Idler:
+class Idler(Policy):
     """A policy that waits."""
 
     name = "idler"
-
-    def arrived(self, now_s: float, slo_s: float) -> None: ...
 
     def decide(self, now_s: float, queue: slackfit.QueueView, lowest: int = 0) -> Decision:
         return Decision(0, None, 0)
 
 
 def test_a_policy_may_wait(table: ProfileTable) -> None:
-    clock, policy = Clock(), Idler()
-    _: Policy = policy
-    dispatcher = Dispatcher(table, policy, clock, workers=1, max_queue=10)
+    clock = Clock()
+    dispatcher = Dispatcher(table, Idler(), clock, workers=1, max_queue=10)
     assert submitted(dispatcher, make_query(clock)).next_batch() is None
     assert (len(dispatcher.heap), dispatcher.idle_workers) == (1, 1)
 
@@ -535,6 +651,13 @@ class World:
             with pytest.raises(BatchFailed):
                 self.dispatcher.settle(batch, serving.outputs_for(len(batch.queries) + 1))
             self.dispatcher.fail(batch, "mismatch")
+
+    def correct(self, number: int) -> None:
+        """An entry is found to be slow, or not to be."""
+        name = self.table.entries[number % len(self.table.entries)].name
+        slow_down(self.dispatcher, self.clock(), name, 1 + number / 20)
+        self.dispatcher._corrected_s = -math.inf
+        self.dispatcher.correct_table()
 
     def check(self) -> None:
         assert self.dispatcher.idle_workers == self.workers - len(self.batches)
@@ -810,6 +933,34 @@ async def test_an_answer_after_the_deadline_says_so(profile: Path) -> None:
         assert not reply.deadline_met
         assert reply.latency_s == pytest.approx(0.021)
         assert total(serve) == {"late": 1}
+
+
+@pytest.mark.usefixtures("tidy")
+async def test_queries_that_wait_and_run_while_the_table_is_corrected_are_answered(
+    profile: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = Clock()
+    serve = SuperServe(config_of(profile), clock)
+    engine = fake_engine(serve, gate=asyncio.Event())
+    caplog.set_level(logging.INFO, "superserve")
+    async with serve:
+        tasks = [asyncio.create_task(serve.infer(INPUTS["pixels"])) for _ in range(20)]
+        await turns()
+        assert serve.dispatcher is not None
+        slow_down(serve.dispatcher, clock(), LARGE, 2.0)
+        clock.now_s += 1
+        tasks.append(asyncio.create_task(serve.infer(INPUTS["pixels"])))
+        await turns()
+        assert serve.dispatcher.table.most_accurate.latency_s[1] > 1.5 * serving.LATENCY_S[LARGE]
+        document: Any = serve.profile_document()
+        engine.gate.set()  # type: ignore[union-attr]
+        assert all(reply.deadline_met for reply in await asyncio.gather(*tasks))
+        assert total(serve) == {"in_time": 21}
+    small, large = document["entries"]
+    assert (small["correction"], document["slowdown"]) == (1, 1)
+    assert 1.5 < large["correction"] <= 2
+    assert large["latency_ms"][0] == pytest.approx(1e3 * serving.LATENCY_S[LARGE] * 1.1)
+    assert "table corrected" in caplog.messages
 
 
 @pytest.mark.usefixtures("tidy")
