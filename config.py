@@ -28,7 +28,7 @@ class Config:
     policy: str = "halfslo"
     workers: int = 1
     threads: int = 0
-    memory_budget: str = "8x"
+    memory_budget: str = "3x"
     margin: float = 0.3
     correction: bool = True
     max_queue: int = 1000

@@ -1,20 +1,25 @@
 """The engine: one device that runs batches on subnets of a supernet, off the event loop.
 
 A worker is one thread that computes one batch at a time: on the CPU with its own share of cores, on a GPU with its own
-CUDA stream and pinned host buffers. The thread waits for the device, never the event loop. On the CPU a subnet runs as
-an executable (executables.py), with packed weights of its own as far as the memory budget goes. The engine knows
-subnets by name; it knows no queue, deadline or HTTP.
+CUDA stream and pinned host buffers. The thread waits for the device, never the event loop. As far as the memory budget
+goes, subnets are held ready to run fastest: on the CPU as executables with packed weights of their own
+(executables.py), on a GPU as CUDA graphs (cudagraphs.py). The engine knows subnets by name; it knows no queue, deadline
+or HTTP.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
+import functools
+import gc
 import math
 import os
 import platform
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,21 +30,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cudagraphs import GraphCache, GraphPool, Network, Pair, is_lost, is_out_of_memory
 from executables import ExecutableCache
 from servable import InputSpec, Servable
 from supernet import ActuatedSubnet, Subnet
-
-Network = Callable[[Tensor], Tensor]
 
 
 class EngineError(RuntimeError):
     """The device that was asked for is not there, or a batch could not be computed."""
 
 
+class DeviceLostError(EngineError):
+    """The device failed in a way after which it computes nothing more, until the process starts anew."""
+
+
 # How many prepared operations oneDNN keeps (1024 unless told) and torch with them. Preparing one takes longer than a
 # small convolution, and a frontier of subnets at every batch size up to CHUNK needs a few thousand, of some 10 kB each.
 # They are read at the first convolution, so that they must be set before any network runs.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "4096")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "2048")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
 
 # A CPU computes larger batches in parts of at most so many: outputs that stay in cache, far fewer shapes to prepare
@@ -65,6 +73,18 @@ class Outputs:
 
     probabilities: NDArray[np.float32]
     finished_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """What an engine holds beside the shared weights, to run faster.
+
+    ``subnets``: those held, by name; ``pairs``: those of subnet and batch size that every worker of a GPU has captured.
+    """
+
+    nbytes: int
+    subnets: tuple[str, ...]
+    pairs: tuple[Pair, ...]
 
 
 class Normaliser:
@@ -114,25 +134,118 @@ class Worker:
         return self._normaliser.pixels(tensor) if array.dtype == np.uint8 else tensor
 
 
-class CudaWorker(Worker):
-    """Computes one batch at a time on its own CUDA stream, with pinned host buffers that are used again."""
+Piece = Callable[[Sequence[NDArray[Any]]], NDArray[np.float32]]  # class probabilities of some inputs
 
-    def __init__(self, normaliser: Normaliser, device: torch.device) -> None:
+
+class PieceLimit:
+    """How large a batch is computed in one piece: any, until memory runs out; then half of what was too much.
+
+    It never grows again: what took the memory once may do so at any time. ``free_memory`` is to make room before the
+    batch is tried again.
+    """
+
+    def __init__(self, free_memory: Callable[[], None]) -> None:
+        self.largest: int | None = None
+        self._free_memory = free_memory
+
+    def compute(self, piece: Piece, inputs: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
+        """The rows of a batch, computed by ``piece``; tried once more in smaller pieces when memory runs out.
+
+        Raises what ``piece`` raises: out of memory too, when that was not enough.
+        """
+        try:
+            return self._in_pieces(piece, inputs)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        # After the except clause: before its end, the error's traceback holds the tensors of the failed try.
+        self.largest = max(1, min(len(inputs), self.largest or len(inputs)) // 2)
+        self._free_memory()
+        return self._in_pieces(piece, inputs)
+
+    def _in_pieces(self, piece: Piece, inputs: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
+        size = self.largest or len(inputs)
+        if len(inputs) <= size:
+            return piece(inputs)
+        return np.concatenate([piece(inputs[first : first + size]) for first in range(0, len(inputs), size)])
+
+
+@contextlib.contextmanager
+def noticing_loss() -> Iterator[None]:
+    """Inside, errors that tell of a lost device become DeviceLostError; all others stay as they are."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        said, _, _ = str(error).partition("\n")
+        raise DeviceLostError(f"the device is lost: {said}") from error
+
+
+class CudaWorker(Worker):
+    """Computes one batch at a time on its own CUDA stream, with pinned host buffers and CUDA graphs of its own.
+
+    One stream is enough for copies and kernels. Of one batch, each needs what the one before it left, and the worker
+    waits for the last before it takes another batch: on streams of their own they would find nothing to overlap with.
+    The copies of one worker overlap the kernels of the others.
+    """
+
+    def __init__(self, normaliser: Normaliser, device: torch.device, shape: tuple[int, ...], budget: float) -> None:
+        """``shape``: of an input's pixels (H, W, C); ``budget``: bytes that this worker's graphs may take."""
         super().__init__(normaliser)
-        self._device = device
+        self._device, self._shape = device, shape
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         self._pinned: dict[tuple[Any, ...], Tensor] = {}
+        self._turn = threading.Lock()  # computing or capturing: both use the stream and the graphs
+        self.graphs = GraphCache(GraphPool(self._stream, device, shape, self._probabilities), budget)
+        self.limit = PieceLimit(self._free_memory)
+
+    def capture(self, networks: Mapping[str, Network]) -> None:
+        """Capture these subnets, by name, as far as the budget goes; a batch that comes meanwhile waits."""
+        with self._turn:
+            self.graphs.fill(networks)
 
     def compute(self, network: Network, inputs: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
-        """Class probabilities (batch, classes); returns when they are on the host."""
+        """Class probabilities (batch, classes); returns when they are on the host.
+
+        When memory runs out, the graphs are given up and the batch is tried once more, in smaller pieces; those after it
+        come in such pieces from the start. Raises DeviceLostError, or what else the device did.
+        """
+        with self._turn, noticing_loss():
+            return self.limit.compute(functools.partial(self._compute_piece, network), inputs)
+
+    def close(self) -> None:
+        """Give up the graphs; what the worker computes afterwards is computed without."""
+        with self._turn, contextlib.suppress(RuntimeError):  # of a lost device there is nothing to give back
+            self.graphs.drop()
+
+    def _compute_piece(self, network: Network, inputs: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
         with torch.inference_mode(), torch.cuda.stream(self._stream):
-            probabilities = network(self._batch(inputs)).softmax(1).float()
+            probabilities = self._replayed(network, inputs)
+            if probabilities is None:
+                probabilities = network(self._batch(inputs)).softmax(1).float()
             host = self._buffer("out", tuple(probabilities.shape), torch.float32)
             host.copy_(probabilities, non_blocking=True)
             self._done.record(self._stream)
         self._done.synchronize()
         return host.numpy().copy()  # the buffer is overwritten by the next batch
+
+    def _replayed(self, network: Network, inputs: Sequence[NDArray[Any]]) -> Tensor | None:
+        """The probabilities of pixels by a captured graph; None where there is none for these inputs."""
+        graph = self.graphs.find(network, len(inputs))
+        if graph is None or any(each.dtype != np.uint8 or each.shape != self._shape for each in inputs):
+            return None
+        pinned = self._buffer("in", (len(inputs), *self._shape), torch.uint8)
+        np.stack(inputs, out=pinned.numpy())
+        return graph.replay(pinned)
+
+    def _probabilities(self, network: Network, pixels: Tensor) -> Tensor:
+        return network(self._normaliser.pixels(pixels)).softmax(1).float()
+
+    def _free_memory(self) -> None:
+        self._stream.synchronize()
+        self.graphs.drop()
 
     def _to_network(self, array: NDArray[Any]) -> Tensor:
         source = torch.from_numpy(array)
@@ -164,7 +277,8 @@ class Engine:
     ) -> None:
         """``device``: auto, cpu, cuda or cuda:N; ``threads``: CPU threads per worker.
 
-        ``memory_budget``: bytes that subnets may hold beside the shared weights, to run faster; counts on a CPU.
+        ``memory_budget``: bytes that subnets may hold beside the shared weights, to run faster; on a GPU each worker
+        captures graphs of its own, within its share.
         """
         self._servable = servable
         self._device = _resolve(device)
@@ -179,7 +293,8 @@ class Engine:
         )
         servable.supernet.to(self._device)
         if cuda:
-            torch.cuda.synchronize(self._device)  # the workers' streams do not wait for the copies of the default one
+            # The workers' streams do not wait for the copies of the default one.
+            torch.cuda.current_stream(self._device).synchronize()
         self._normaliser = Normaliser(servable.input, self._device)
         self._threads = threads
         self._actuated: dict[str, ActuatedSubnet] = {}
@@ -187,18 +302,27 @@ class Engine:
         self._builder = ThreadPoolExecutor(
             1, thread_name_prefix="builder", initializer=torch.set_num_threads, initargs=(1,)
         )
+        share = memory_budget / workers
+        self._cuda_workers = [self._cuda_worker(share) for _ in range(workers)] if cuda else []
+        self._without_thread = list(self._cuda_workers)
         self._local = threading.local()
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="engine", initializer=self._start_worker)
 
+    def _cuda_worker(self, budget: float) -> CudaWorker:
+        return CudaWorker(self._normaliser, self._device, self.blank_input().shape, budget)
+
     def _start_worker(self) -> None:
         if self._device.type == "cuda":
-            self._local.worker = CudaWorker(self._normaliser, self._device)
+            self._local.worker = self._without_thread.pop()
         else:
             torch.set_num_threads(self._threads)  # counts for the calling thread
             self._local.worker = Worker(self._normaliser)
 
     def run(self, name: str, inputs: Sequence[NDArray[Any]]) -> Awaitable[Outputs]:
-        """Start a batch on this subnet at once; awaiting gives its outputs or raises what the device did."""
+        """Start a batch on this subnet at once; awaiting gives its outputs or raises what the device did.
+
+        Raises DeviceLostError when no batch will succeed any more.
+        """
         loop = asyncio.get_running_loop()
         try:
             return loop.run_in_executor(self._pool, self._compute, name, inputs)
@@ -211,7 +335,8 @@ class Engine:
         """The subnet of this name, ready to run: a look-up after the first time."""
         actuated = self._actuated.get(name)
         if actuated is None:
-            actuated = self._actuated[name] = self._servable.supernet.actuate(Subnet.parse(name))
+            # The first stays, where two threads come at once: graphs are found by it.
+            actuated = self._actuated.setdefault(name, self._servable.supernet.actuate(Subnet.parse(name)))
         return actuated
 
     def _compute(self, name: str, inputs: Sequence[NDArray[Any]]) -> Outputs:
@@ -234,16 +359,30 @@ class Engine:
         return self.executables.get(name)
 
     async def prepare(self, names: Sequence[str]) -> None:
-        """Get these subnets ready, and hold the first of them packed, as far as the memory budget goes."""
+        """Get these subnets ready, and hold the first of them packed or captured, as far as the memory budget goes."""
         await asyncio.wrap_future(self._builder.submit(self._prepare, names))
 
     def _prepare(self, names: Sequence[str]) -> None:
+        networks: dict[str, Network] = {}
         for name in names:
-            actuated = self.actuate(name)
+            actuated = networks[name] = self.actuate(name)
             if self.executables is not None:
                 self.executables.add(name, actuated)
         if self.executables is not None:
             self.executables.fill()
+            _return_freed_memory()
+        for worker in self._cuda_workers:  # one after another: the others compute meanwhile
+            worker.capture(networks)
+
+    @property
+    def held(self) -> Held:
+        """What is held beside the shared weights at the moment, by all workers together."""
+        if self.executables is not None:
+            return Held(nbytes=self.executables.nbytes, subnets=self.executables.held, pairs=())
+        graphs = [worker.graphs for worker in self._cuda_workers]
+        pairs = tuple(pair for pair in graphs[0].pairs if all(pair in each.pairs for each in graphs))
+        subnets = tuple(dict.fromkeys(pair.subnet for pair in pairs))
+        return Held(nbytes=sum(each.nbytes for each in graphs), subnets=subnets, pairs=pairs)
 
     def blank_input(self) -> NDArray[np.uint8]:
         """A black image of the right size, for warming up and measuring."""
@@ -257,11 +396,21 @@ class Engine:
             for size in batch_sizes:
                 await asyncio.gather(*(self.run(name, [blank] * size) for _ in range(self.facts.workers)))
                 step()
+        _return_freed_memory()
 
     def close(self) -> None:
-        """Let running batches end, then stop the threads."""
+        """Let running batches end, then stop the threads and give back what a GPU holds."""
         self._pool.shutdown()
         self._builder.shutdown()
+        for worker in self._cuda_workers:
+            worker.close()
+
+
+def _return_freed_memory() -> None:
+    """Give what was only needed for starting back to the system; glibc would keep some 30 MB of it."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 async def measure_latencies(

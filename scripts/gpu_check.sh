@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one go and under ten minutes: CUDA tests, a latency table, the mechanism, the server.
+# Everything that needs a GPU, in one go and under ten minutes: CUDA tests, a latency table, CUDA graphs against eager
+# computing, the mechanism, the server.
 # Whoever gets a GPU runs this first. It installs nothing: where httptools (the replay's parser) is missing, the part over
 # HTTP is left out and says so. The images lie beside the project, or where DATA and TRACE say.
 #
@@ -39,12 +40,13 @@ fi
 
 # The plugins that pyproject.toml configures may be missing there; the CUDA tests need none of them.
 part tests 150 "$PYTHON" -m pytest -c /dev/null --rootdir . -p no:cacheprovider -q -m gpu tests/test_engine.py
-part profile 150 "$PYTHON" scripts/profile_supernet.py --profile "$PROFILE" --latency-only --device cuda --rounds 40
+part profile 120 "$PYTHON" scripts/profile_supernet.py --profile "$PROFILE" --latency-only --device cuda --rounds 40
+part graphs 60 "$PYTHON" scripts/bench_graphs.py --profile "$PROFILE" --device cuda
 part mechanism 60 "$PYTHON" scripts/bench_supernet.py --profile "$PROFILE"
 if "$PYTHON" -c 'import httptools' 2>/dev/null && [ -e "$DATA" ] && [ -e "$TRACE" ]; then
-  part serving 220 "$PYTHON" scripts/bench_serving.py --profile "$PROFILE" --data "$DATA" --trace "$TRACE" \
+  part serving 210 "$PYTHON" scripts/bench_serving.py --profile "$PROFILE" --data "$DATA" --trace "$TRACE" \
     --loads 0.3 0.6 --policies halfslo fixed:largest --first-rate 1000 --duration 20 --slo-ms 36 --out "$OUT/serving" \
-    --flags --device cuda
+    --flags --device cuda --memory-budget 1000x  # as profiled: with every subnet captured at every size
 else
   TABLE+=("serving    left out: httptools, $DATA or $TRACE is not there")
 fi

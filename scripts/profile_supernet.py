@@ -20,6 +20,7 @@ import random
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -237,14 +238,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(max(threads, os.cpu_count() or 1))  # of this thread, which computes accuracies
     try:
         servable = load_servable(options.profile)
-        engine = Engine(servable, options.device, workers=options.workers, threads=threads)
+        make_engine = partial(Engine, servable, options.device, workers=options.workers, threads=threads)
         if options.latency_only:
             names = [choice.name for choice in slackfit.load_choices(options.profile) if choice.frontier]
         else:
             data = datasets.load(options.data, servable.input.height)
-            search = Search(servable, data, engine, options.profile, options.batch_size)
+            search = Search(servable, data, make_engine(), options.profile, options.batch_size)
             found = search.run(options.candidates, options.seed)
             names = write_choices(servable, data, found, options.profile, options.most)
+        # As the server runs them: with what its default budget holds.
+        engine = make_engine(memory_budget=Config().memory_budget_bytes(servable.supernet.nbytes))
         path = write_latencies(engine, names, options.profile, options.rounds)
         print(json.dumps(report(options.profile, path, slackfit.Device(**asdict(engine.facts)))))
     except (ValueError, OSError, RuntimeError) as error:

@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+import dataclasses
+import math
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from fixtures_supernet import INPUT, SPACE, tiny_servable
+from fixtures_supernet import CLASSES, INPUT, SPACE, tiny_servable
 from numpy.typing import NDArray
+from torch import Tensor
 
-from engine import DeviceFacts, Engine, EngineError, Normaliser, measure_latencies
+from cudagraphs import BATCH_SIZES, Network, Pair
+from engine import (
+    CudaWorker,
+    DeviceFacts,
+    DeviceLostError,
+    Engine,
+    EngineError,
+    Normaliser,
+    PieceLimit,
+    measure_latencies,
+    noticing_loss,
+)
+from servable import create_servable
 from supernet import IllegalSubnetError
 
 LARGEST, SMALLEST, UNCALIBRATED = SPACE.largest.name, SPACE.smallest.name, "d1-2-1-e0.5"
@@ -172,23 +189,168 @@ async def test_warming_up_counts_its_steps(engine: Engine) -> None:
     assert engine.blank_input().shape == (8, 8, 3)
 
 
+async def test_what_is_held_is_reported() -> None:
+    servable = tiny_servable()
+    engine = Engine(servable, "cpu")
+    assert (engine.held.nbytes, engine.held.subnets, engine.held.pairs) == (0, (), ())
+    await engine.prepare([SMALLEST, LARGEST])
+    assert (engine.held.subnets, engine.held.pairs) == ((SMALLEST, LARGEST), ())
+    assert 0 < engine.held.nbytes < 3 * servable.supernet.nbytes
+    engine.close()
+
+
+# ------------------------------------------------------------------------------------------------------- out of memory
+
+
+class SmallDevice:
+    """Doubles numbers, in pieces of at most ``most``; larger ones run out of memory, while their tensors are held."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.pieces: list[int] = []
+        self.tensors: weakref.WeakSet[Tensor] = weakref.WeakSet()
+        self.freed = 0
+
+    def compute(self, inputs: Sequence[Input]) -> Input:
+        self.pieces.append(len(inputs))
+        tensor = torch.from_numpy(np.stack(inputs))
+        self.tensors.add(tensor)
+        if len(inputs) > self.most:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return (2 * tensor).numpy()
+
+    def free(self) -> None:
+        assert not self.tensors, "the failed try still holds memory"
+        self.freed += 1
+
+
+def numbers(count: int) -> list[Input]:
+    return list(np.arange(count, dtype=np.float32).reshape(count, 1))
+
+
+def doubled(count: int) -> list[float]:
+    return [2.0 * number for number in range(count)]
+
+
+def test_while_memory_lasts_a_batch_is_one_piece() -> None:
+    device = SmallDevice(100)
+    assert PieceLimit(device.free).compute(device.compute, numbers(64)).ravel().tolist() == doubled(64)
+    assert (device.pieces, device.freed) == ([64], 0)
+
+
+def test_out_of_memory_halves_the_pieces_and_tries_the_batch_again_in_order() -> None:
+    device = SmallDevice(7)
+    limit = PieceLimit(device.free)
+    assert limit.compute(device.compute, numbers(13)).ravel().tolist() == doubled(13)
+    assert (device.pieces, device.freed, limit.largest) == ([13, 6, 6, 1], 1, 6)
+
+
+def test_batches_after_it_come_in_pieces_without_failing_first() -> None:
+    device = SmallDevice(7)
+    limit = PieceLimit(device.free)
+    limit.compute(device.compute, numbers(13))
+    device.pieces.clear()
+    assert limit.compute(device.compute, numbers(9)).ravel().tolist() == doubled(9)
+    assert limit.compute(device.compute, numbers(6)).ravel().tolist() == doubled(6)
+    assert (device.pieces, device.freed) == ([6, 3, 6], 1)
+
+
+def test_a_batch_is_tried_once_more_and_those_after_it_go_on() -> None:
+    device = SmallDevice(2)
+    limit = PieceLimit(device.free)
+    for largest in (4, 2):
+        if largest == 4:
+            with pytest.raises(torch.cuda.OutOfMemoryError):
+                limit.compute(device.compute, numbers(8))
+        else:
+            assert limit.compute(device.compute, numbers(8)).ravel().tolist() == doubled(8)
+        assert limit.largest == largest
+
+
+def test_one_input_is_the_smallest_piece() -> None:
+    device = SmallDevice(0)
+    limit = PieceLimit(device.free)
+    for _ in range(3):
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            limit.compute(device.compute, numbers(2))
+    assert limit.largest == 1
+
+
+def test_other_errors_are_no_lack_of_memory() -> None:
+    device = SmallDevice(100)
+    limit = PieceLimit(device.free)
+    with pytest.raises(ValueError, match="same shape"):
+        limit.compute(device.compute, [np.zeros(1), np.zeros(2)])
+    with pytest.raises(RuntimeError, match="mat1"):
+        limit.compute(lambda _: torch.zeros(2, 3).mm(torch.zeros(2, 3)).numpy(), numbers(2))
+    assert (device.freed, limit.largest) == (0, None)
+
+
+def test_a_lost_device_has_an_error_of_its_own() -> None:
+    said = "CUDA error: unspecified launch failure"
+    with pytest.raises(DeviceLostError, match=rf"^the device is lost: {said}$"), noticing_loss():
+        raise torch.AcceleratorError(f"{said}\nCUDA kernel errors might be reported asynchronously")
+    with pytest.raises(torch.cuda.OutOfMemoryError), noticing_loss():
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+    with pytest.raises(IndexError), noticing_loss():
+        raise IndexError("CUDA error")
+
+
 # ---------------------------------------------------------------------------------------------------------------- CUDA
+# Plain functions, with event loops of their own: where there is a GPU, the plugin for asynchronous ones may be missing.
 
 
 @pytest.fixture
-async def gpu() -> AsyncIterator[Engine]:
+def exact_cuda() -> Iterator[None]:
+    """Without TF32: its 10 bits of mantissa are no error of the engine."""
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False  # its 10 bits of mantissa are no error of the engine
-    engine = Engine(tiny_servable(), "cuda", workers=2)
-    yield engine
-    engine.close()
+    torch.backends.cudnn.allow_tf32 = False
+    yield
     torch.backends.cudnn.allow_tf32 = before
 
 
+@pytest.fixture
+def gpu(exact_cuda: None) -> Iterator[Engine]:
+    """An engine with two workers that has captured nothing."""
+    engine = Engine(tiny_servable(), "cuda", workers=2)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def captured(exact_cuda: None) -> Iterator[Engine]:
+    """An engine with two workers that holds the smallest and the largest subnet captured, at every size."""
+    engine = Engine(tiny_servable(), "cuda", workers=2)
+    asyncio.run(engine.prepare([SMALLEST, LARGEST]))
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def worker(captured: Engine) -> CudaWorker:
+    """A worker with graphs that nothing else uses."""
+    return captured._cuda_workers[0]
+
+
+def computed(engine: Engine, name: str, *batches: Sequence[Input]) -> list[Input]:
+    """Class probabilities of batches that are all in flight at once."""
+
+    async def together() -> list[Input]:
+        outputs = await asyncio.gather(*(engine.run(name, batch) for batch in batches))
+        return [each.probabilities for each in outputs]
+
+    return asyncio.run(together())
+
+
+def same(one: Sequence[Input], other: Sequence[Input]) -> None:
+    for mine, theirs in zip(one, other, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-3)
+
+
 @pytest.mark.gpu
-async def test_a_gpu_gives_the_logits_of_the_cpu(gpu: Engine) -> None:
+def test_a_gpu_gives_the_logits_of_the_cpu(gpu: Engine) -> None:
     cpu = tiny_servable().supernet
     for name in (LARGEST, SMALLEST, UNCALIBRATED):
         subnet = gpu.actuate(name).subnet
@@ -199,34 +361,34 @@ async def test_a_gpu_gives_the_logits_of_the_cpu(gpu: Engine) -> None:
 
 
 @pytest.mark.gpu
-async def test_a_gpu_takes_both_forms_and_keeps_order(gpu: Engine, engine: Engine) -> None:
-    inputs = [normalised(image) if number % 3 else image for number, image in enumerate(pixels(9))]
-    outputs = await gpu.run(LARGEST, inputs)
-    np.testing.assert_allclose(outputs.probabilities, expected(engine, LARGEST, inputs), atol=1e-3)
+def test_two_streams_run_at_once(gpu: Engine, engine: Engine) -> None:
+    batches = [pixels(1 + number % 16, seed=number) for number in range(50)]
+    for name in (LARGEST, SMALLEST):
+        same(computed(gpu, name, *batches), [expected(engine, name, batch) for batch in batches])
 
 
 @pytest.mark.gpu
-async def test_two_streams_run_at_once(gpu: Engine, engine: Engine) -> None:
-    names = [LARGEST, SMALLEST] * 50
-    batches = [pixels(1 + number % 16, seed=number) for number in range(len(names))]
-    outputs = await asyncio.gather(*map(gpu.run, names, batches))
-    for name, batch, output in zip(names, batches, outputs, strict=True):
-        np.testing.assert_allclose(output.probabilities, expected(engine, name, batch), atol=1e-3)
-
-
-@pytest.mark.gpu
-async def test_pinned_buffers_serve_other_batch_sizes_and_results_survive_them(gpu: Engine, engine: Engine) -> None:
+def test_pinned_buffers_serve_other_batch_sizes_and_results_survive_them(gpu: Engine, engine: Engine) -> None:
     batches = [pixels(size, seed=size) for size in (4, 16, 1, 8, 16, 3)]
-    outputs = [await gpu.run(LARGEST, batch) for batch in batches]
-    for batch, output in zip(batches, outputs, strict=True):
-        np.testing.assert_allclose(output.probabilities, expected(engine, LARGEST, batch), atol=1e-3)
+    outputs = [computed(gpu, LARGEST, batch)[0] for batch in batches]
+    same(outputs, [expected(engine, LARGEST, batch) for batch in batches])
 
 
 @pytest.mark.gpu
-async def test_a_failed_batch_leaves_the_gpu_usable(gpu: Engine) -> None:
-    with pytest.raises(RuntimeError):
-        await gpu.run(LARGEST, [np.zeros((2, 8, 8), np.float32)])
-    assert (await gpu.run(LARGEST, pixels(2))).probabilities.shape == (2, 5)
+@pytest.mark.parametrize("prepared", ["gpu", "captured"])
+def test_a_gpu_takes_both_forms_and_keeps_order(prepared: str, request: pytest.FixtureRequest, engine: Engine) -> None:
+    inputs = [normalised(image) if number % 3 else image for number, image in enumerate(pixels(9))]
+    same(computed(request.getfixturevalue(prepared), LARGEST, inputs), [expected(engine, LARGEST, inputs)])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("prepared", ["gpu", "captured"])
+def test_a_failed_batch_leaves_the_gpu_usable(prepared: str, request: pytest.FixtureRequest) -> None:
+    on_gpu = request.getfixturevalue(prepared)
+    for wrong in (np.zeros((2, 8, 8), np.float32), np.zeros((8, 8, 2), np.uint8)):
+        with pytest.raises(RuntimeError):
+            computed(on_gpu, LARGEST, [wrong])
+    assert computed(on_gpu, LARGEST, pixels(2))[0].shape == (2, 5)
 
 
 @pytest.mark.gpu
@@ -234,3 +396,199 @@ def test_a_gpu_is_chosen_when_there_is_one(gpu: Engine) -> None:
     automatic = Engine(tiny_servable())
     assert (automatic.facts.kind, automatic.facts.threads) == ("cuda", 0)
     automatic.close()
+
+
+# --------------------------------------------------------------------------------------------------------- CUDA graphs
+
+
+@pytest.mark.gpu
+def test_graphs_are_captured_for_every_size_of_the_subnets_prepared(captured: Engine, gpu: Engine) -> None:
+    assert captured.held.subnets == (SMALLEST, LARGEST)
+    assert captured.held.pairs == tuple(Pair(name, size) for name in (SMALLEST, LARGEST) for size in BATCH_SIZES)
+    assert captured.held.nbytes > 0
+    assert (gpu.held.nbytes, gpu.held.pairs) == (0, ())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 17, 33, 64, 65, 130])
+def test_captured_results_equal_eager_ones(captured: Engine, gpu: Engine, size: int) -> None:
+    batch = pixels(size, seed=size)
+    for name in (SMALLEST, LARGEST, UNCALIBRATED):
+        (graphed,), (eager,) = computed(captured, name, batch), computed(gpu, name, batch)
+        assert graphed.shape == (size, 5)
+        same([graphed], [eager])
+        assert size == 1 or len(np.unique(graphed.round(6), axis=0)) > 1, "inputs are told apart"
+
+
+@pytest.mark.gpu
+def test_a_graph_is_what_computes(worker: CudaWorker, captured: Engine) -> None:
+    replays = 0
+
+    def counted(network: Network, inputs: Sequence[Input]) -> Tensor | None:
+        nonlocal replays
+        found = replayed(network, inputs)
+        replays += found is not None
+        return found
+
+    replayed, worker._replayed = worker._replayed, counted  # type: ignore[method-assign]
+    for size, by_graph in ((1, 1), (3, 1), (64, 1), (65, 0)):
+        before = replays
+        worker.compute(captured.actuate(LARGEST), pixels(size))
+        assert replays - before == by_graph, size
+    worker.compute(captured.actuate(LARGEST), [normalised(image) for image in pixels(2)])
+    worker.compute(captured.actuate(UNCALIBRATED), pixels(2))
+    assert replays == 3
+
+
+@pytest.mark.gpu
+def test_padding_of_captured_batches_never_leaks(worker: CudaWorker, captured: Engine, engine: Engine) -> None:
+    network = captured.actuate(LARGEST)
+    for seed, size in enumerate((64, 33, 3, 17, 1, 5, 2)):
+        batch = pixels(size, seed=seed)
+        same([worker.compute(network, batch)], [expected(engine, LARGEST, batch)])
+
+
+@pytest.mark.gpu
+def test_graphs_that_share_memory_take_turns(worker: CudaWorker, captured: Engine, engine: Engine) -> None:
+    batches = [(name, pixels(size, seed=size)) for size in (64, 1, 16, 3) for name in (LARGEST, SMALLEST)]
+    outputs = [worker.compute(captured.actuate(name), batch) for name, batch in batches]
+    same(outputs, [expected(engine, name, batch) for name, batch in batches])
+
+
+@pytest.mark.gpu
+def test_two_workers_with_graphs_at_once_give_what_each_gives_alone(captured: Engine, engine: Engine) -> None:
+    batches = [pixels(1 + number % 40, seed=number) for number in range(60)]
+    for name in (LARGEST, SMALLEST):
+        same(computed(captured, name, *batches), [expected(engine, name, batch) for batch in batches])
+
+
+@pytest.mark.gpu
+def test_one_worker_computes_while_another_captures(gpu: Engine, engine: Engine) -> None:
+    computing, capturing = gpu._cuda_workers
+    networks: dict[str, Network] = {name: gpu.actuate(name) for name in (SMALLEST, LARGEST, UNCALIBRATED)}
+    computing.compute(networks[LARGEST], pixels(1))  # libraries start up; workers do that before others capture
+    thread = threading.Thread(target=capturing.capture, args=(networks,))
+    thread.start()
+    number = 0
+    while thread.is_alive() or number < 20:
+        # Larger ones allocate for the first time, also of pinned memory, while the other captures.
+        batch = pixels(1 + number % 100, seed=number)
+        same([computing.compute(networks[LARGEST], batch)], [expected(engine, LARGEST, batch)])
+        number += 7
+    thread.join()
+    assert len(capturing.graphs.pairs) == 3 * len(BATCH_SIZES)
+    same([capturing.compute(networks[LARGEST], pixels(9))], [expected(engine, LARGEST, pixels(9))])
+
+
+@pytest.mark.gpu
+def test_the_budget_is_kept_by_all_workers_together(exact_cuda: None) -> None:
+    batch = list(np.random.default_rng(0).integers(0, 256, (7, 32, 32, 3), np.uint8))
+    unlimited = wide_engine(math.inf)
+    everything, wanted = unlimited.held, computed(unlimited, LARGEST, batch)
+    for part in (0.0, 0.4, 0.8):
+        limited = wide_engine(part * everything.nbytes)
+        assert limited.held.nbytes <= part * everything.nbytes
+        assert len(limited.held.pairs) < len(everything.pairs)
+        assert limited.held.pairs or part < 0.8
+        same(computed(limited, LARGEST, batch, batch), wanted * 2)
+        limited.close()
+    unlimited.close()
+
+
+def wide_engine(budget: float) -> Engine:
+    """An engine whose captured graphs take far more memory than the least that torch takes; always the same weights."""
+    torch.manual_seed(0)
+    servable = create_servable(
+        name="wide",
+        family="resnet",
+        architecture={"channels": 3, "widths": (64, 64, 128), "depths": (2, 2, 2), "classes": 5, "stem_stride": 1},
+        space=SPACE,
+        input=dataclasses.replace(INPUT, height=32, width=32),
+        classes=CLASSES,
+    )
+    servable.supernet.network.requires_grad_(False).eval()
+    engine = Engine(servable, "cuda", workers=2, memory_budget=budget)
+    asyncio.run(engine.prepare([SMALLEST, LARGEST]))
+    return engine
+
+
+@pytest.mark.gpu
+def test_closing_gives_graphs_back(gpu: Engine) -> None:
+    def pools() -> set[tuple[int, int]]:
+        return {tuple(each["segment_pool_id"]) for each in torch.cuda.memory_snapshot()}
+
+    before = pools()
+    gpu._cuda_workers[0].capture({LARGEST: gpu.actuate(LARGEST)})
+    assert pools() - before
+    gpu.close()
+    assert pools() <= before
+    assert (gpu.held.nbytes, gpu.held.pairs) == (0, ())
+
+
+class FakeFailure:
+    """A network that fails once, or as often as told, and is what it stands for otherwise."""
+
+    def __init__(self, network: Network, error: RuntimeError, times: int = 1) -> None:
+        self.network, self.error, self.times = network, error, times
+        self.sizes: list[int] = []
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.sizes.append(len(x))
+        if self.times:
+            self.times -= 1
+            raise self.error
+        return self.network(x)
+
+
+@pytest.mark.gpu
+def test_out_of_memory_costs_graphs_and_large_pieces_but_no_batch(
+    worker: CudaWorker, captured: Engine, engine: Engine
+) -> None:
+    short = FakeFailure(captured.actuate(LARGEST), torch.cuda.OutOfMemoryError("CUDA out of memory."))
+    assert worker.graphs.pairs
+    same([worker.compute(short, pixels(13))], [expected(engine, LARGEST, pixels(13))])
+    assert (short.sizes, worker.limit.largest) == ([13, 6, 6, 1], 6)
+    assert (worker.graphs.pairs, worker.graphs.nbytes) == ((), 0)
+    for size in (1, 6, 20):
+        batch = pixels(size, seed=size)
+        same([worker.compute(captured.actuate(LARGEST), batch)], [expected(engine, LARGEST, batch)])
+    assert captured._cuda_workers[1].graphs.pairs, "the other worker keeps its own"
+    assert captured.held.pairs == (), "not every worker has them"
+    same(computed(captured, LARGEST, *[pixels(9)] * 4), [expected(engine, LARGEST, pixels(9))] * 4)
+
+
+@pytest.mark.gpu
+def test_memory_that_really_runs_out_is_survived(worker: CudaWorker, captured: Engine, engine: Engine) -> None:
+    actuated = captured.actuate(LARGEST)
+
+    def greedy(x: Tensor) -> Tensor:
+        if len(x) > 4:
+            torch.empty(1 << 50, dtype=torch.uint8, device=x.device)
+        return actuated(x)
+
+    same([worker.compute(greedy, pixels(8))], [expected(engine, LARGEST, pixels(8))])
+    assert worker.limit.largest == 4
+
+
+@pytest.mark.gpu
+def test_what_cannot_be_captured_runs_as_it_is(worker: CudaWorker, captured: Engine, engine: Engine) -> None:
+    actuated, before = captured.actuate(LARGEST), worker.graphs.pairs
+
+    def waits_for_the_device(x: Tensor) -> Tensor:
+        return actuated(x) if x.sum().item() != math.inf else x
+
+    worker.capture({"waits": waits_for_the_device, UNCALIBRATED: captured.actuate(UNCALIBRATED)})
+    others = tuple(Pair(UNCALIBRATED, size) for size in BATCH_SIZES)
+    assert worker.graphs.pairs == before + others, "the capture that failed spoils none before and none after it"
+    same([worker.compute(waits_for_the_device, pixels(5))], [expected(engine, LARGEST, pixels(5))])
+    for name in (LARGEST, UNCALIBRATED):
+        same([worker.compute(captured.actuate(name), pixels(5))], [expected(engine, name, pixels(5))])
+    torch.cuda.empty_cache()  # torch must not believe that the capture goes on
+    worker.graphs.drop()
+
+
+@pytest.mark.gpu
+def test_a_lost_gpu_is_told_apart(worker: CudaWorker, captured: Engine) -> None:
+    error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    with pytest.raises(DeviceLostError, match="an illegal memory access"):
+        worker.compute(FakeFailure(captured.actuate(LARGEST), error), pixels(2))
