@@ -209,8 +209,8 @@ class CudaWorker(Worker):
     def compute(self, network: Network, inputs: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
         """Class probabilities (batch, classes); returns when they are on the host.
 
-        When memory runs out, the graphs are given up and the batch is tried once more, in smaller pieces; those after it
-        come in such pieces from the start. Raises DeviceLostError, or what else the device did.
+        When memory runs out, the graphs are given up and the batch is tried once more, in smaller pieces; those after
+        it come in such pieces from the start. Raises DeviceLostError, or what else the device did.
         """
         with self._turn, noticing_loss():
             return self.limit.compute(functools.partial(self._compute_piece, network), inputs)
