@@ -243,8 +243,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             names = [choice.name for choice in slackfit.load_choices(options.profile) if choice.frontier]
         else:
             data = datasets.load(options.data, servable.input.height)
-            search = Search(servable, data, make_engine(), options.profile, options.batch_size)
+            searching = make_engine()  # holds all that it looks at
+            search = Search(servable, data, searching, options.profile, options.batch_size)
             found = search.run(options.candidates, options.seed)
+            searching.close()
             names = write_choices(servable, data, found, options.profile, options.most)
         # As the server runs them: with what its default budget holds.
         engine = make_engine(memory_budget=Config().memory_budget_bytes(servable.supernet.nbytes))
