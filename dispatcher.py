@@ -133,6 +133,8 @@ class DeadlineHeap:
         if not self._sorted:
             self._entries.sort()
             self._sorted = True
+        if self._alive == len(self._entries):  # mostly; and most of what a decision in overload takes is this
+            return [entry[0] for entry in self._entries]
         return [deadline_s for deadline_s, _, query in self._entries if query.waiting]
 
 
