@@ -159,7 +159,8 @@ class SuperServe:
             self._use(await self._profile_device())
         assert self.dispatcher is not None, "a table is in use from here on"
         names = [entry.name for entry in self.dispatcher.table.entries]
-        await self.engine.warm_up(names, (1, 16), lambda: None)
+        with tqdm(total=2 * len(names), desc="warm up", unit="batch", disable=None, leave=False) as bar:
+            await self.engine.warm_up(names, (1, 16), bar.update)
         self.ready = True
         log_event("ready", policy=self.config.policy, subnets=len(names), device=dataclasses.asdict(self.engine.facts))
 
