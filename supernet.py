@@ -505,11 +505,8 @@ class ActuatedSubnet:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Logits of a batch of inputs."""
-        token = _settings.set(self.settings)
-        try:
+        with self.active():
             return cast(Tensor, self.network(x))
-        finally:
-            _settings.reset(token)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:

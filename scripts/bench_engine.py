@@ -4,7 +4,7 @@ For the smallest, middle and largest subnet of the frontier (by accuracy) and ea
 of CPU threads, the median wall-clock time of one batch of
 
   budget0              the actuated subnet's executable on the shared weights, which folds slices on the way
-  default              its executable with packed weights of its own, which the default memory budget pays for
+  default              its executable with packed weights of its own, for each subnet that a memory budget holds
   extracted_eager      the extracted network in plain torch: channels-last, inference mode
   extracted_compiled   the same compiled by torch.jit.trace, torch.jit.freeze and torch.jit.optimize_for_inference,
                        which fold norms and pack weights (not by torch.compile, which needs a C++ compiler)

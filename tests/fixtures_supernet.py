@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -38,15 +39,19 @@ def images(count: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
     return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def tiny_servable(calibrated: tuple[Subnet, ...] = (SPACE.smallest, SPACE.largest)) -> Servable:
+def tiny_servable(
+    calibrated: tuple[Subnet, ...] = (SPACE.smallest, SPACE.largest),
+    widths: tuple[int, int, int] = (8, 8, 16),
+    side: int = 8,
+) -> Servable:
     """A supernet of 216 subnets for images of 8x8, the ends of its space calibrated; nothing was trained."""
     torch.manual_seed(0)
     servable = create_servable(
         name="tiny",
         family="resnet",
-        architecture={"channels": 3, "widths": (8, 8, 16), "depths": (2, 2, 2), "classes": 5, "stem_stride": 1},
+        architecture={"channels": 3, "widths": widths, "depths": (2, 2, 2), "classes": 5, "stem_stride": 1},
         space=SPACE,
-        input=INPUT,
+        input=replace(INPUT, height=side, width=side),
         classes=CLASSES,
     )
     for subnet in calibrated:

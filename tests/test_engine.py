@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import math
 import threading
 import weakref
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fixtures_supernet import CLASSES, INPUT, SPACE, tiny_servable
+from fixtures_supernet import INPUT, SPACE, tiny_servable
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -29,7 +28,6 @@ from engine import (
     measure_latencies,
     noticing_loss,
 )
-from servable import create_servable
 from supernet import IllegalSubnetError
 
 LARGEST, SMALLEST, UNCALIBRATED = SPACE.largest.name, SPACE.smallest.name, "d1-2-1-e0.5"
@@ -362,7 +360,11 @@ def test_a_gpu_gives_the_logits_of_the_cpu(gpu: Engine) -> None:
 
 @pytest.mark.gpu
 def test_two_streams_run_at_once(gpu: Engine, engine: Engine) -> None:
-    batches = [pixels(1 + number % 16, seed=number) for number in range(50)]
+    many_at_once(gpu, engine, [pixels(1 + number % 16, seed=number) for number in range(50)])
+
+
+def many_at_once(gpu: Engine, engine: Engine, batches: Sequence[list[Input]]) -> None:
+    """Both workers get these batches at once, on the largest and the smallest subnet, and compute what the CPU does."""
     for name in (LARGEST, SMALLEST):
         same(computed(gpu, name, *batches), [expected(engine, name, batch) for batch in batches])
 
@@ -457,9 +459,7 @@ def test_graphs_that_share_memory_take_turns(worker: CudaWorker, captured: Engin
 
 @pytest.mark.gpu
 def test_two_workers_with_graphs_at_once_give_what_each_gives_alone(captured: Engine, engine: Engine) -> None:
-    batches = [pixels(1 + number % 40, seed=number) for number in range(60)]
-    for name in (LARGEST, SMALLEST):
-        same(computed(captured, name, *batches), [expected(engine, name, batch) for batch in batches])
+    many_at_once(captured, engine, [pixels(1 + number % 40, seed=number) for number in range(60)])
 
 
 @pytest.mark.gpu
@@ -497,16 +497,7 @@ def test_the_budget_is_kept_by_all_workers_together(exact_cuda: None) -> None:
 
 def wide_engine(budget: float) -> Engine:
     """An engine whose captured graphs take far more memory than the least that torch takes; always the same weights."""
-    torch.manual_seed(0)
-    servable = create_servable(
-        name="wide",
-        family="resnet",
-        architecture={"channels": 3, "widths": (64, 64, 128), "depths": (2, 2, 2), "classes": 5, "stem_stride": 1},
-        space=SPACE,
-        input=dataclasses.replace(INPUT, height=32, width=32),
-        classes=CLASSES,
-    )
-    servable.supernet.network.requires_grad_(False).eval()
+    servable = tiny_servable((), widths=(64, 64, 128), side=32)
     engine = Engine(servable, "cuda", workers=2, memory_budget=budget)
     asyncio.run(engine.prepare([SMALLEST, LARGEST]))
     return engine
