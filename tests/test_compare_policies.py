@@ -93,6 +93,7 @@ def test_all_studies_run_and_are_drawn(tmp_path: Path) -> None:
     document = json.loads((tmp_path / "all.json").read_text())
     assert set(document["studies"]) == {
         "load", "burstiness", "acceleration", "workers", "failures", "noise", "mixed", "fleet",
+        *(["traces"] if compare_policies.TRACES.is_dir() else []),
     }  # fmt: skip
     drawn = {path.stem.removeprefix(f"{PAPER.name}-") for path in (tmp_path / "plots").iterdir()}
     assert drawn == {
