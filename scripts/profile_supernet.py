@@ -1,9 +1,10 @@
 """Make a trained supernet servable: search the frontier, calibrate, measure accuracy and this device's latencies.
 
 Random subnets first, then mutations of those on the accuracy/latency frontier (evolutionary search). Every subnet
-looked at is calibrated, and its statistics and validation accuracy are kept. The frontier is chosen by validation
-images (set apart from the training images, never trained on); the test images only report. Writes norms.npz,
-choices.json and a latency table; continues an interrupted search from search.jsonl.
+looked at is calibrated, and its statistics and validation accuracy are kept. Validation images were set apart from the
+training images and never trained on. By one half of them the frontier is chosen, on the other half the accuracy is
+measured that the profile states: among many candidates, those are chosen that chance has favoured too. The test images
+only report. Writes norms.npz, choices.json and a latency table; continues an interrupted search from search.jsonl.
 
     python scripts/profile_supernet.py --data digits --profile profiles/digits --candidates 60
     python scripts/profile_supernet.py --data ../shared/data/cifar10_jpeg.npz --profile profiles/cifar10
@@ -33,18 +34,23 @@ import slackfit
 from config import Config
 from engine import Engine, measure_latencies
 from scripts import datasets
-from scripts.train import accuracy, calibration_batches
+from scripts.train import accuracy, calibration_batches, hits
 from servable import Servable, load_servable, save_servable
+from startup import PROFILED_BATCH_SIZES, profile_latencies
 from supernet import Subnet, count_macs, count_parameters
-from superserve import PROFILED_BATCH_SIZES, profile_latencies
+from wholefile import write_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """What the search found out about one subnet; latency at the search's batch size."""
+    """What the search found out about one subnet; latency at the search's batch size.
+
+    ``accuracy`` is that on the images by which the frontier is chosen, ``confirmed`` that on the others.
+    """
 
     name: str
     accuracy: float
+    confirmed: float
     latency_s: float
     parameters: int
     macs: int
@@ -57,6 +63,11 @@ def frontier(candidates: Sequence[Candidate]) -> list[Candidate]:
         if not kept or candidate.accuracy > kept[-1].accuracy:
             kept.append(candidate)
     return kept
+
+
+def confirmed(chosen: Sequence[Candidate]) -> list[Candidate]:
+    """Those of a frontier that are still more accurate than all faster ones on the images that did not choose it."""
+    return frontier([replace(each, accuracy=each.confirmed) for each in chosen])
 
 
 def thinned(candidates: Sequence[Candidate], most: int) -> list[Candidate]:
@@ -92,9 +103,9 @@ class Search:
         known = {subnet.name for subnet in self.servable.supernet.statistics}
         lines = self._log.read_text().splitlines(keepends=True)
         whole = [line for line in lines if line.endswith("\n")]  # the last may be cut off
-        self._log.write_text("".join(whole))
-        rows = (Candidate(**json.loads(line)) for line in whole)
-        self.found = {row.name: row for row in rows if row.name in known}
+        write_text(self._log, "".join(whole))
+        rows = [row for row in map(json.loads, whole) if row.keys() == Candidate.__dataclass_fields__.keys()]
+        self.found = {row["name"]: Candidate(**row) for row in rows if row["name"] in known}
 
     def look_at(self, subnet: Subnet) -> Candidate:
         """Calibrate and measure a subnet, unless that was done before."""
@@ -103,9 +114,11 @@ class Search:
             extracted, spec = self.servable.supernet.extract(subnet), self.servable.input
             latency_s = self._latency_s(subnet.name)
             fast = self.engine.executables.get(subnet.name) if self.engine.executables else None
+            right = hits(self.servable, subnet, self.data.validation, fast)
             candidate = Candidate(
                 name=subnet.name,
-                accuracy=accuracy(self.servable, subnet, self.data.validation, fast),
+                accuracy=float(right[::2].mean()),
+                confirmed=float(right[1::2].mean()),
                 latency_s=latency_s,
                 parameters=count_parameters(extracted),
                 macs=count_macs(extracted, (spec.channels, spec.height, spec.width)),
@@ -152,7 +165,7 @@ class Search:
         space = self.servable.supernet.space
         if len(self.found) < random_part:
             return space.sample(rng)
-        parent = Subnet.parse(rng.choice(frontier(list(self.found.values()))).name)
+        parent = space.parse(rng.choice(frontier(list(self.found.values()))).name)
         return space.mutate(parent, rng, probability=0.35)
 
 
@@ -160,15 +173,15 @@ def write_choices(
     servable: Servable, data: datasets.Dataset, found: Sequence[Candidate], folder: Path, most: int
 ) -> list[str]:
     """Choose the frontier, report it on the test images, and write choices.json; returns the frontier's names."""
-    chosen = [candidate.name for candidate in thinned(frontier(found), most)]
+    chosen = [candidate.name for candidate in confirmed(thinned(frontier(found), most))]
     space = servable.supernet.space
     names = dict.fromkeys([space.smallest.name, *chosen, space.largest.name])
     choices = [
         slackfit.Choice(
             name=candidate.name,
             kind="subnet",
-            accuracy=round(candidate.accuracy, 4),
-            accuracy_samples=len(data.validation),
+            accuracy=round(candidate.confirmed, 4),
+            accuracy_samples=len(data.validation) // 2,
             test_accuracy=_test_accuracy(servable, candidate.name, data) if candidate.name in names else None,
             parameters=candidate.parameters,
             macs=candidate.macs,
@@ -181,7 +194,7 @@ def write_choices(
 
 
 def _test_accuracy(servable: Servable, name: str, data: datasets.Dataset) -> float:
-    return round(accuracy(servable, Subnet.parse(name), data.test), 4)
+    return round(accuracy(servable, servable.supernet.space.parse(name), data.test), 4)
 
 
 def write_latencies(engine: Engine, names: Sequence[str], folder: Path, rounds: int) -> Path:
@@ -223,7 +236,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--workers", type=int, default=1, help="batches in flight while measuring, as in serving")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads per worker; 0: as the server chooses")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the search")
     parser.add_argument("--latency-only", action="store_true", help="only measure this device's latencies")
     options = parser.parse_args(arguments)
     if not options.latency_only and options.data is None:

@@ -6,6 +6,7 @@ statistics of the largest and the smallest) and train_log.jsonl; scripts/profile
 
     python scripts/train.py --data digits --out profiles/digits
     python scripts/train.py --data ../shared/data/cifar10_jpeg.npz --out profiles/cifar10 --bfloat16 --share 0.5
+    python scripts/train.py --data ../shared/data/cifar10_jpeg.npz --out /tmp/longer --start profiles/cifar10
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts import datasets
-from servable import InputSpec, Servable, create_servable, save_servable
+from servable import InputSpec, Servable, create_servable, load_servable, save_servable
 from supernet import Subnet, SubnetSpace
+from wholefile import replacing, write_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,9 +227,8 @@ class Trainer:
             "network": self.supernet.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        partial = path.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.replace(path)
+        with replacing(path) as file:
+            torch.save(state, file)
 
     def resume(self, path: Path) -> None:
         """Continue from what ``save`` wrote, for a network of the same form."""
@@ -253,13 +254,20 @@ def _in_batches(images: np.ndarray, size: int = 250) -> list[np.ndarray]:
     return [images[start : start + size] for start in range(0, len(images), size)]
 
 
+def hits(
+    servable: Servable, subnet: Subnet, split: datasets.Split, network: Callable[[Tensor], Tensor] | None = None
+) -> np.ndarray:
+    """For each image, whether the (calibrated) subnet, or ``network`` in its place, classifies it correctly."""
+    network = network or servable.supernet.actuate(subnet)
+    logits = predict(network, split.images, servable.input, servable.supernet.device)
+    return logits.argmax(1).numpy() == split.labels
+
+
 def accuracy(
     servable: Servable, subnet: Subnet, split: datasets.Split, network: Callable[[Tensor], Tensor] | None = None
 ) -> float:
     """Part of the images that the (calibrated) subnet, or ``network`` in its place, classifies correctly."""
-    network = network or servable.supernet.actuate(subnet)
-    logits = predict(network, split.images, servable.input, servable.supernet.device)
-    return float((logits.argmax(1).numpy() == split.labels).mean())
+    return float(hits(servable, subnet, split, network).mean())
 
 
 def evaluate(servable: Servable, data: datasets.Dataset) -> dict[str, float]:
@@ -283,6 +291,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--epochs", type=int, default=0, help="default: 18, or 8 for digits")
     parser.add_argument("--batch-size", type=int, default=0, help="default: 500, or 64 for fewer than 10,000 images")
     parser.add_argument("--learning-rate", type=float, default=0.0, help="peak; default: 0.1 x batch size / 128")
+    parser.add_argument(
+        "--warmup", type=_part, default=0.2, help="part of all steps in which the rate rises, before it falls"
+    )
+    parser.add_argument("--start", type=Path, metavar="FOLDER", help="begin with the weights of this servable")
     parser.add_argument("--middle", type=int, default=1, help="random subnets per step beside largest and smallest")
     parser.add_argument("--distill-weight", type=float, default=1.0, help="loss of each smaller subnet counts so much")
     parser.add_argument(
@@ -290,7 +302,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--cutout", type=int, help="side of the square cut out of each image (default: 8, digits: 0)")
     parser.add_argument("--image-size", type=int, default=32, help="side to which a folder's images are resized")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of weights, order of images and subnets")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; default: torch's choice, or 1 for digits")
     parser.add_argument("--bfloat16", action="store_true", help="compute in bfloat16 where the processor is fast at it")
@@ -318,6 +330,7 @@ def recipe_of(options: argparse.Namespace, data: datasets.Dataset) -> Recipe:
         cutout=preset_of(data).cutout if options.cutout is None else options.cutout,
         distill_weight=options.distill_weight,
         share=options.share,
+        warmup=options.warmup,
         bfloat16=options.bfloat16,
     )
 
@@ -330,6 +343,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(options.threads or preset_of(data).threads or torch.get_num_threads())
         torch.manual_seed(options.seed)
         servable = new_servable(data)
+        if options.start:
+            servable.supernet.network.load_state_dict(load_servable(options.start).supernet.network.state_dict())
         servable.supernet.to(torch.device(options.device))
         trainer = Trainer(servable, data, recipe_of(options, data))
         if options.resume:
@@ -337,6 +352,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         train(trainer, options.out, fresh=not options.resume)
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"train.py: {error}")
+
+
+def _log_epoch(log: Path, row: dict[str, float]) -> None:
+    """Add a line, in place of what a run that was interrupted before its checkpoint logged of this epoch and later."""
+    lines = log.read_text().splitlines(keepends=True) if log.is_file() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] < row["epoch"]]
+    write_text(log, "".join([*kept, json.dumps(row) + "\n"]))
 
 
 def train(trainer: Trainer, folder: Path, fresh: bool) -> None:
@@ -347,9 +369,8 @@ def train(trainer: Trainer, folder: Path, fresh: bool) -> None:
         log.unlink(missing_ok=True)
     while trainer.epoch < epochs:
         row = {**trainer.run_epoch(), **evaluate(trainer.servable, trainer.data)}
+        _log_epoch(log, {"epoch": trainer.epoch, **row})
         trainer.save(folder / "checkpoint.pt")
-        with log.open("a") as file:
-            file.write(json.dumps({"epoch": trainer.epoch, **row}) + "\n")
         print(f"epoch {trainer.epoch}/{epochs}: " + "  ".join(f"{key} {value:.4g}" for key, value in row.items()))
     accuracies = evaluate(trainer.servable, trainer.data)  # calibrates what is saved
     for stale in itertools.chain.from_iterable(folder.glob(pattern) for pattern in STALE):

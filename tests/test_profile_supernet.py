@@ -16,11 +16,11 @@ import slackfit
 import supernets
 from engine import Engine
 from scripts import profile_supernet
-from scripts.profile_supernet import Candidate, Search, frontier, thinned
-from scripts.train import accuracy
+from scripts.profile_supernet import Candidate, Search, confirmed, frontier, thinned
+from scripts.train import accuracy, hits
 from servable import load_servable, save_servable
+from startup import PROFILED_BATCH_SIZES
 from supernet import Subnet, SubnetSpace, Supernet, count_parameters
-from superserve import PROFILED_BATCH_SIZES
 
 SEARCHED = 14
 
@@ -41,8 +41,10 @@ def arguments(folder: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def candidate(accuracy_: float, latency_s: float, name: str = "") -> Candidate:
-    return Candidate(name=name, accuracy=accuracy_, latency_s=latency_s, parameters=1, macs=1)
+def candidate(accuracy_: float, latency_s: float, name: str = "", confirmed: float = 0.5) -> Candidate:
+    return Candidate(
+        name=name, accuracy=accuracy_, confirmed=confirmed, latency_s=latency_s, parameters=1, macs=1
+    )  # fmt: skip
 
 
 def log_of(folder: Path) -> list[Candidate]:
@@ -77,12 +79,14 @@ def test_every_subnet_looked_at_is_calibrated_and_listed(profile: Path) -> None:
 
 
 @pytest.mark.slow
-def test_accuracies_are_those_of_the_validation_images_and_test_images_only_report(profile: Path) -> None:
-    servable, data = load_servable(profile), digits()
+def test_half_of_the_validation_images_choose_the_others_measure_and_test_images_report(profile: Path) -> None:
+    servable, data, searched = load_servable(profile), digits(), {row.name: row for row in log_of(profile)}
     for choice in slackfit.load_choices(profile):
         subnet = Subnet.parse(choice.name)
-        assert choice.accuracy == pytest.approx(accuracy(servable, subnet, data.validation), abs=1e-4)
-        assert choice.accuracy_samples == len(data.validation) == 287
+        right = hits(servable, subnet, data.validation)
+        assert choice.accuracy == pytest.approx(right[1::2].mean(), abs=1e-4)
+        assert searched[choice.name].accuracy == pytest.approx(right[::2].mean(), abs=1e-4)
+        assert choice.accuracy_samples == len(data.validation) // 2 == 143
         assert choice.parameters == count_parameters(servable.supernet.extract(subnet))
         if choice.frontier:
             assert choice.test_accuracy == pytest.approx(accuracy(servable, subnet, data.test), abs=1e-4)
@@ -176,6 +180,12 @@ def test_a_search_over_everything_ends(tmp_path: Path, engines: list[Engine]) ->
 candidates = st.lists(
     st.builds(candidate, st.sampled_from([0.5, 0.6, 0.7, 0.8]), st.integers(1, 9).map(float)), min_size=1
 )
+
+
+def test_what_only_chance_has_chosen_is_not_confirmed() -> None:
+    chosen = [candidate(0.7, 1, "a", confirmed=0.7), candidate(0.8, 2, "b", confirmed=0.69)]
+    chosen.append(candidate(0.9, 3, "c", confirmed=0.8))
+    assert [each.name for each in confirmed(chosen)] == ["a", "c"]
 
 
 @given(candidates)
