@@ -6,8 +6,8 @@ code in virtual time.
 
 from __future__ import annotations
 
-import heapq
 import itertools
+from array import array
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -57,6 +57,7 @@ class Query:
     min_accuracy: float = 0.0
     priority: int = 0
     waiting: bool = False
+    order: int = 0  # among equal deadlines; set by the heap
     refused: bool = False
 
     @property
@@ -68,86 +69,81 @@ class Query:
 class DeadlineHeap:
     """Waiting queries, most urgent first; equal deadlines by priority, then by arrival. Reads no clock.
 
-    A discarded query stays inside as a dead entry, skipped when it comes up and swept out when the dead prevail.
-    Queries mostly arrive in the order of their deadlines, so that the heap is mostly a sorted list: it is kept one as
-    long as that costs nothing, and ``deadlines_s`` then has nothing to sort.
+    Kept fully sorted, which is a heap too: queries mostly arrive in the order of their deadlines, so that most are
+    appended, and early drop reads all deadlines in order on each decision in overload. Whatever enters or leaves
+    elsewhere moves pointers only, which for a queue of thousands takes less time than a heap's comparisons.
     """
 
     def __init__(self) -> None:
         self._entries: list[tuple[float, int, Query]] = []
-        self._sorted = True
+        self._deadlines_s = array("d")  # of the entries; numpy reads it in place
         self._sequence = itertools.count()
-        self._alive = 0
 
     def __len__(self) -> int:
-        return self._alive
+        return len(self._entries)
 
     def push(self, query: Query) -> None:
         """Add a query."""
-        entry = query.deadline_s, next(self._sequence) - (query.priority << 48), query
-        self._sorted = not self._entries or (self._sorted and self._entries[-1] < entry)
-        heapq.heappush(self._entries, entry)
+        query.order = next(self._sequence) - (query.priority << 48)
+        entry = query.deadline_s, query.order, query
+        place = len(self._entries)
+        if place and entry < self._entries[-1]:
+            place = bisect_left(self._entries, entry)
+        self._entries.insert(place, entry)
+        self._deadlines_s.insert(place, query.deadline_s)
         query.waiting = True
-        self._alive += 1
 
     @property
     def head(self) -> Query:
         """The most urgent query; IndexError when empty."""
-        while not self._entries[0][2].waiting:
-            self._pop_entry()
         return self._entries[0][2]
 
     @property
     def head_deadline_s(self) -> float:
         """When the most urgent query is due."""
-        return self.head.deadline_s
+        return self._deadlines_s[0]
 
     def pop(self) -> Query:
         """Take out the most urgent query."""
-        query = self.head
-        self._pop_entry()
-        query.waiting = False
-        self._alive -= 1
-        return query
-
-    def _pop_entry(self) -> None:
-        if self._sorted:
-            del self._entries[0]
-        else:
-            heapq.heappop(self._entries)
+        return self._take_out(0)
 
     def discard(self, query: Query) -> bool:
         """Take out a query from anywhere; False if it was not waiting."""
         if not query.waiting:
             return False
-        query.waiting = False
-        self._alive -= 1
-        if len(self._entries) > 2 * self._alive + 16:
-            self._entries = [entry for entry in self._entries if entry[2].waiting]
-            if not self._sorted:
-                heapq.heapify(self._entries)
+        self._take_out(bisect_left(self._entries, (query.deadline_s, query.order)))
         return True
 
+    def _take_out(self, place: int) -> Query:
+        query = self._entries.pop(place)[2]
+        del self._deadlines_s[place]
+        query.waiting = False
+        return query
+
+    def oldest_age_s(self, now_s: float) -> float:
+        """How long ago the query arrived that arrived first, 0 when none waits; looks at each."""
+        return now_s - min((query.arrival_s for _, _, query in self._entries), default=now_s)
+
     def deadlines_s(self) -> Sequence[float]:
-        """All deadlines, ascending. Sorts in place: a sorted list is a heap."""
-        if not self._sorted:
-            self._entries.sort()
-            self._sorted = True
-        if self._alive == len(self._entries):  # mostly; and most of what a decision in overload takes is this
-            return [entry[0] for entry in self._entries]
-        return [deadline_s for deadline_s, _, query in self._entries if query.waiting]
+        """All deadlines, ascending."""
+        return self._deadlines_s[:]
+
+    def slowed_deadlines_s(self, now_s: float, factor: float) -> Sequence[float]:
+        """All deadlines, ascending, slack divided by the factor."""
+        return array("d", (now_s + (np.frombuffer(self._deadlines_s) - now_s) / factor).tobytes())
 
 
 # ---------------------------------------------------------------------------------------------------------- dispatcher
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, eq=False, kw_only=True)
 class Batch:
-    """Queries that run together on one entry of the table."""
+    """Queries that run together on one entry of the table; ``ended`` once its worker is free again, or gone."""
 
     entry: Entry
     queries: tuple[Query, ...]
     started_s: float
+    ended: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +167,23 @@ class SlowedQueue:
 
     def deadlines_s(self) -> Sequence[float]:
         """All deadlines, ascending, slack shortened."""
-        return [self.now_s + (deadline_s - self.now_s) / self.factor for deadline_s in self.heap.deadlines_s()]
+        return self.heap.slowed_deadlines_s(self.now_s, self.factor)
+
+
+class Observer(Protocol):
+    """Who wants to know what happens to queries and batches: metrics, the live page. Must be quick, must not raise."""
+
+    def arrived(self, now_s: float) -> None:
+        """A query came in; ``ended`` is called exactly once for each, maybe at once."""
+
+    def ended(self, query: Query, outcome: str, now_s: float, answer: Answer | None) -> None:
+        """A query reached one of the outcomes that the dispatcher counts; with its answer when in_time or late."""
+
+    def batch_finished(self, batch: Batch, taken_s: float, predicted_s: float) -> None:
+        """A batch was computed; ``predicted_s`` is what the table in use said, slowdown included."""
+
+    def batch_failed(self, batch: Batch) -> None:
+        """A batch could not be computed."""
 
 
 # The slowdown that is followed; slower than this is a hang, not a device to plan for.
@@ -208,6 +220,7 @@ class Dispatcher:
         self.measured = self.table = table
         self.heap = DeadlineHeap()
         self.counters: Counter[str] = Counter()
+        self.observers: list[Observer] = []
         self.idle_workers = workers
         self.overhead_s = 0.0
         self.slowdown = 1.0
@@ -215,7 +228,7 @@ class Dispatcher:
         self.corrections = Corrections(self._measured_s)
         self.applied = dict.fromkeys(self._measured_s, 1.0)  # corrections that the table in use includes
         self._corrected_s = -inf
-        self._workers = workers
+        self.workers = workers
         self._max_queue = max_queue
         self._margin = margin
         self._correction = correction
@@ -224,14 +237,16 @@ class Dispatcher:
     def submit(self, query: Query) -> None:
         """Accept a query, or raise QueueFull or DeadlineExceeded."""
         self.counters["arrivals"] += 1
+        for observer in self.observers:
+            observer.arrived(self.clock())
         if len(self.heap) >= self._max_queue:
-            self.counters["queue_full"] += 1
+            self._count(query, "queue_full")
             raise QueueFull(f"the queue is full ({self._max_queue} queries)", retry_after_s=1)
         now_s = self.clock()
         needed_s = self.overhead_s + self._stretch * self.table.entries[self._lowest(query)].latency_s[1]
         if now_s + needed_s > query.deadline_s:
-            self.counters["infeasible"] += 1
-            if not self.heap and self.idle_workers == self._workers:
+            self._count(query, "infeasible")
+            if not self.heap and self.idle_workers == self.workers:
                 # No answer is on its way that could correct the estimates: a stall long past would refuse all for ever.
                 self.overhead_s /= 2
                 self.slowdown = max(1.0, self.slowdown / 2)
@@ -265,7 +280,7 @@ class Dispatcher:
         """The client of a query went away: free its place. A query refused at that very moment is counted as such."""
         self.heap.discard(query)
         if not query.refused:
-            self.counters["cancelled"] += 1
+            self._count(query, "cancelled")
 
     def expire(self) -> None:
         """Answer all waiting queries whose deadline has passed."""
@@ -273,10 +288,10 @@ class Dispatcher:
         while self.heap and self.heap.head_deadline_s <= now_s:
             self._give_up("expired", "the deadline passed while the query was waiting")
 
-    def abandon(self) -> None:
-        """Answer all waiting queries: there is no time left to run them."""
+    def abandon(self, why: str = "stopping") -> None:
+        """Answer all waiting queries: they cannot be run any more."""
         while self.heap:
-            self._refuse(self.heap.pop(), "failed", NotReady("stopping", retry_after_s=1))
+            self._refuse(self.heap.pop(), "failed", NotReady(why, retry_after_s=1))
 
     def next_batch(self) -> Batch | None:
         """What an idle worker is to run now; None when there is no worker or nothing to run."""
@@ -302,8 +317,11 @@ class Dispatcher:
         if len(outputs.probabilities) != len(batch.queries):
             raise BatchFailed(f"{len(outputs.probabilities)} outputs for {len(batch.queries)} inputs")
         usable = [bool(good) for good in np.isfinite(outputs.probabilities).min(axis=1)]
-        self.idle_workers += 1  # nothing can fail from here on, and fail() counts the worker itself
-        self._learn(batch, outputs.finished_s - batch.started_s)
+        taken_s = outputs.finished_s - batch.started_s
+        for observer in self.observers:
+            observer.batch_finished(batch, taken_s, self.slowdown * batch.entry.latency_s[len(batch.queries)])
+        self._learn(batch, taken_s)
+        self._end(batch)
         for row, good, query in zip(outputs.probabilities, usable, batch.queries, strict=True):
             if not good:
                 self._refuse(query, "failed", BatchFailed("the network's output is not finite for this input"))
@@ -311,16 +329,32 @@ class Dispatcher:
                 answer = Answer(row, batch.entry, len(batch.queries), batch.started_s, outputs.finished_s)
                 query.reply.set_result(answer)
 
-    def fail(self, batch: Batch, message: str) -> None:
-        """Answer all queries of a batch that could not be computed."""
-        self.idle_workers += 1
+    def fail(self, batch: Batch, message: str, *, worker_gone: bool = False) -> None:
+        """Answer all queries of a batch that could not be computed, and were not answered yet.
+
+        Its worker takes another, unless it is gone: then there is one less from now on.
+        """
+        self._end(batch, worker_gone)
         for query in batch.queries:
             self._refuse(query, "failed", BatchFailed(message))
+        for observer in self.observers:
+            observer.batch_failed(batch)
+
+    def planned_s(self, batch: Batch) -> float:
+        """How long this batch is planned to take, slowdown and margin included."""
+        return self._stretch * batch.entry.latency_s[len(batch.queries)]
+
+    def _end(self, batch: Batch, worker_gone: bool = False) -> None:
+        """Account for a batch's worker, once: what goes wrong while a batch is settled makes it fail afterwards."""
+        if not batch.ended:
+            batch.ended = True
+            self.workers -= worker_gone
+            self.idle_workers += not worker_gone
 
     def deliver(self, query: Query, answer: Answer) -> float:
         """Count an answer that is on its way to the client; returns the instant."""
         now_s = self.clock()
-        self.counters["in_time" if now_s <= query.deadline_s else "late"] += 1
+        self._count(query, "in_time" if now_s <= query.deadline_s else "late", answer)
         # Follows a rise at once and forgets slowly: an optimistic estimate costs deadlines, a pessimistic one little.
         seen_s = now_s - answer.finished_s
         self.overhead_s += (seen_s - self.overhead_s) * (0.3 if seen_s > self.overhead_s else 0.005)
@@ -358,6 +392,11 @@ class Dispatcher:
             taken.append(self.heap.pop())
         return tuple(taken)
 
+    def _count(self, query: Query, outcome: str, answer: Answer | None = None) -> None:
+        self.counters[outcome] += 1
+        for observer in self.observers:
+            observer.ended(query, outcome, self.clock(), answer)
+
     def _give_up(self, outcome: str, message: str) -> None:
         query = self.heap.pop()
         self._refuse(query, outcome, self._too_late(query, message, predicted_s=None))
@@ -365,7 +404,7 @@ class Dispatcher:
     def _refuse(self, query: Query, outcome: str, error: ServeError) -> None:
         if not query.reply.done():  # else its client has just gone, and cancel() is about to be called
             query.refused = True
-            self.counters[outcome] += 1
+            self._count(query, outcome)
             query.reply.set_exception(error)
 
     def _too_late(self, query: Query, message: str, predicted_s: float | None) -> DeadlineExceeded:

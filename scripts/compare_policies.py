@@ -36,12 +36,13 @@ from scripts import plot_policies, replay, workloads
 from scripts.oracle import OracleError, optimum
 from scripts.simulate import QUIET, Noise, Outage, Results, SimulationError, load_table, simulate
 from slackfit import ProfileError, ProfileTable
+from wholefile import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = (ROOT / "profiles" / "paper-ofa-resnet50", ROOT / "profiles" / "cifar10")
 TRACES = ROOT.parent / "shared" / "data" / "traces"
-RIVALS = ("pacefit", "halfslo", "slackfit", "slackfit:8", "maxbatch", "maxaccuracy", "cheapest")
-QUICK_RIVALS = ("pacefit", "halfslo", "slackfit", "maxbatch", "cheapest")
+RIVALS = ("clearfit", "pacefit", "halfslo", "slackfit", "slackfit:8", "maxbatch", "maxaccuracy", "cheapest")
+QUICK_RIVALS = ("clearfit", "pacefit", "halfslo", "slackfit", "maxbatch", "cheapest")
 FLEET = 8  # workers in the studies that follow the paper's
 TIMELINE_S = 0.1
 
@@ -380,7 +381,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         document = compare(options)
         if options.json:
-            options.json.write_text(json.dumps(document, allow_nan=False) + "\n")
+            write_text(options.json, json.dumps(document, allow_nan=False) + "\n")
         if options.plots:
             plot_policies.draw_all(document, options.plots)
     except (*ERRORS, OSError) as error:

@@ -25,10 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from scripts.plot_replay import GREY, STYLE
 
 COLOURS = {
-    "pacefit": "#d55e00", "halfslo": "#e69f00", "slackfit": "#0072b2", "slackfit:8": "#56b4e9",
+    "clearfit": "#7f3c8d", "pacefit": "#d55e00", "halfslo": "#e69f00", "slackfit": "#0072b2", "slackfit:8": "#56b4e9",
     "maxbatch": "#009e73", "maxaccuracy": "#cc79a7", "cheapest": "#000000",
 }  # fmt: skip
-TIMELINES = ("pacefit", "slackfit")
+TIMELINES = ("clearfit", "slackfit")
 CURVES = {
     "load": "load, of what the cheapest subnet bears", "burstiness": "CV² of the bursts",
     "acceleration": "acceleration, queries/s²", "workers": "workers",
@@ -153,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Read the document and draw it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("document", type=Path, metavar="FILE.json", help="written by compare_policies.py --json")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the pictures")
     options = parser.parse_args(arguments)
     try:
         pictures = draw_all(json.loads(options.document.read_text(encoding="utf-8")), options.out)

@@ -85,7 +85,9 @@ def queues(most_ticks: int, spread_ticks: int, longest: int) -> st.SearchStrateg
 
 
 any_queue = queues(60, 10, 14)
-SPECS = ["pacefit", "halfslo", "slackfit", "slackfit:3", "maxaccuracy", "maxbatch", "cheapest", "fixed:largest"]
+SPECS = [
+    "clearfit", "pacefit", "halfslo", "slackfit", "slackfit:3", "maxaccuracy", "maxbatch", "cheapest", "fixed:largest",
+]  # fmt: skip
 policies = st.sampled_from(SPECS)
 
 
@@ -426,6 +428,22 @@ def test_pacefit_gives_room_to_those_who_overtake(table: ProfileTable) -> None:
     for _ in range(32):
         mixed.arrived(NOW_S, 0.036)
     assert chosen(alike, queue)[1] > chosen(mixed, queue)[1]
+
+
+def test_clearfit_leaves_what_one_batch_does_not_clear_to_the_cheapest(table: ProfileTable) -> None:
+    first, behind = [17.0] * 8, [36.0] * 20
+    clearfit = make_policy("clearfit", table)
+    assert chosen(clearfit, queue_of(*first)) == (0, "s5", 8)
+    assert chosen(clearfit, queue_of(*first, *behind)) == (0, "s1", 28)
+
+
+def test_clearfit_plans_a_batch_on_each_worker(table: ProfileTable) -> None:
+    # Two batches of s2 clear this queue; a single worker would have to run both.
+    queue = queue_of(*[17.0] * 8, *[36.0] * 20)
+    alone, together = (chosen(make_policy("clearfit", table, workers), queue) for workers in (1, 2))
+    assert alone[1] == "s1"
+    assert together == chosen(make_policy("pacefit", table, 2), queue)
+    assert together[1] > "s1"
 
 
 def test_pacefit_decides_as_the_reference_of_the_study(table: ProfileTable) -> None:
