@@ -279,7 +279,8 @@ _tracing = threading.Lock()  # two tracers would replace methods of nn.Module at
 def trace(actuated: ActuatedSubnet) -> Executable:
     """The executable of an actuated subnet, on shared weights.
 
-    Raises CannotFuseError where the network has control flow that depends on data, or torch has no oneDNN.
+    Raises CannotFuseError where the network has control flow that depends on data, takes several inputs, or torch has
+    no oneDNN.
     """
     if not can_fuse():
         raise CannotFuseError("this torch was built without oneDNN")
@@ -288,6 +289,8 @@ def trace(actuated: ActuatedSubnet) -> Executable:
             graph = _Tracer().trace(actuated.network)
     except (fx.proxy.TraceError, RuntimeError, TypeError, ValueError) as error:
         raise CannotFuseError(f"the network has control flow that depends on data: {error}") from error
+    if sum(node.op == "placeholder" for node in graph.nodes) != 1:
+        raise CannotFuseError("the network has several inputs")
     _Rewriting(actuated, graph).run()
     graph.lint()
     return Executable(fx.GraphModule(actuated.network, graph))
@@ -394,8 +397,10 @@ class _Rewriting:
 
 
 def _convolution_of(module: nn.Module | None, actuated: ActuatedSubnet) -> Convolution | None:
-    if isinstance(module, WeightSlice) and module.convolution and not isinstance(module.convolution["padding"], str):
-        return Convolution(*actuated.settings[module.slot], **module.convolution)
+    if isinstance(module, WeightSlice):
+        weight, bias, form = actuated.settings[module.slot]
+        if form is not None and not isinstance(form["padding"], str):
+            return Convolution(weight, bias, **form)
     if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros" and not isinstance(module.padding, str):
         stride, padding, dilation = ((each[0], each[1]) for each in (module.stride, module.padding, module.dilation))
         return Convolution(module.weight, module.bias, stride, padding, dilation, module.groups)
@@ -420,10 +425,11 @@ def _call_of(module: nn.Module | None, actuated: ActuatedSubnet) -> Call | None:
             return Call("avg_pool", torch._C._nn.avg_pool2d, *form)
         case nn.Linear() as layer:
             return Call("linear", F.linear, layer.weight, layer.bias)
-        case WeightSlice(convolution=None) as layer:
-            return Call("linear", F.linear, *actuated.settings[layer.slot])
-        case WeightSlice(convolution=dict(form)) as layer:  # padded by name
-            return Call("convolution", torch.conv2d, *actuated.settings[layer.slot], *form.values())
+        case WeightSlice() as layer:
+            weight, bias, form = actuated.settings[layer.slot]
+            if form is None:
+                return Call("linear", F.linear, weight, bias)
+            return Call("convolution", torch.conv2d, weight, bias, *form.values())  # padded by name
         case SubnetNorm() as norm:
             mean, var, weight, bias, _ = actuated.settings[norm.slot]
             return Call("norm", F.batch_norm, mean, var, weight, bias, False, 0.0, norm.eps)
@@ -509,7 +515,12 @@ class ExecutableCache:
 
     def fill(self, step: Callable[[], object] = lambda: None) -> None:
         """Hold subnets in the order in which they were added, as far as the budget goes; ``step`` after each."""
-        self._hold(self._chosen(self._order), step)
+        self._hold(self._order, step)
+
+    def drop(self) -> None:
+        """Hold nothing, and nothing ever again: memory has run out."""
+        self.budget = 0
+        self._hold((), lambda: None)
 
     @property
     def stale(self) -> bool:
@@ -520,7 +531,7 @@ class ExecutableCache:
         """Hold the subnets that were used most of late; what was used longer ago counts half as much each time."""
         self._misses = 0
         by_use = sorted(self._order, key=lambda name: -self._uses[name])
-        self._hold(self._chosen(by_use), lambda: None)
+        self._hold(by_use, lambda: None)
         for name in self._order:
             self._uses[name] //= 2
 
@@ -533,10 +544,10 @@ class ExecutableCache:
                 chosen.append(name)
         return chosen
 
-    def _hold(self, names: Iterable[str], step: Callable[[], object]) -> None:
+    def _hold(self, order: Iterable[str], step: Callable[[], object]) -> None:
         """Drop first, then pack, so that the budget holds throughout."""
-        names = list(names)
         with self._lock:
+            names = self._chosen(order)
             for name in set(self._packed) - set(names):
                 del self._packed[name]
             for name in names:

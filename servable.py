@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
@@ -21,11 +21,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import supernets
-from supernet import Subnet, SubnetSpace, Supernet, SupernetError
+from supernet import Elastic, Space, Supernet, SupernetError
+from wholefile import replacing
 
 SCHEMA = 1
 FIELDS = ("schema", "name", "family", "architecture", "space", "input", "classes")
-LARGEST_INPUT = 4096  # pixels a side
+LARGEST_INPUT = 4096  # pixels a side, or tokens
+LARGEST_VOCABULARY = 10**7
 LARGEST_NETWORK = 10**9  # weights; beyond it the architecture is a slip rather than a network
 
 
@@ -51,6 +53,33 @@ class InputSpec:
                 raise SupernetError(f"{name} must be one number per channel, not {values!r:.60}")
         if min(self.std) <= 0:
             raise SupernetError(f"std must be above zero, not {self.std}")
+
+    def example(self) -> tuple[Tensor, ...]:
+        """One blank input, as the network takes it."""
+        return (torch.zeros(1, self.channels, self.height, self.width),)
+
+    def __str__(self) -> str:
+        return f"{self.height}x{self.width} with {self.channels} channels"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenSpec:
+    """One text as token ids and an attention mask: its greatest length, and how many different tokens there are."""
+
+    length: int
+    vocabulary: int
+
+    def __post_init__(self) -> None:
+        for name, most in (("length", LARGEST_INPUT), ("vocabulary", LARGEST_VOCABULARY)):
+            if not _is_whole(getattr(self, name)) or not 1 <= getattr(self, name) <= most:
+                raise SupernetError(f"{name} must be 1 to {most}, not {getattr(self, name)!r:.40}")
+
+    def example(self) -> tuple[Tensor, ...]:
+        """One input of the greatest length and with the greatest token, as the network takes it."""
+        return torch.full((1, self.length), self.vocabulary - 1), torch.ones(1, self.length, dtype=torch.long)
+
+    def __str__(self) -> str:
+        return f"{self.length} of {self.vocabulary} tokens"
 
 
 def _is_whole(value: object) -> bool:
@@ -78,8 +107,8 @@ def create_servable(
     name: str,
     family: str,
     architecture: Mapping[str, Any],
-    space: SubnetSpace,
-    input: InputSpec,
+    space: Space,
+    input: InputSpec | TokenSpec,
     classes: Sequence[str],
 ) -> Servable:
     """A servable with random weights; raises SupernetError where the parts do not fit."""
@@ -87,15 +116,20 @@ def create_servable(
         raise SupernetError(f"name must be some text, not {name!r:.40}")
     if not classes or not all(isinstance(each, str) and each for each in classes) or len(set(classes)) < len(classes):
         raise SupernetError(f"classes must be different names, not {classes!r:.60}")
-    network, stages = _build(family, architecture)
+    network, elastic = _build(family, architecture)
     _check_fit(network, input, classes)
-    supernet = Supernet(network, stages, space)
+    supernet = Supernet(network, elastic, space)
     return Servable(
-        name=name, family=family, architecture=architecture, supernet=supernet, input=input, classes=tuple(classes)
+        name=name,
+        family=family,
+        architecture=architecture,
+        supernet=supernet,
+        input=cast(InputSpec, input),  # what serves has no other kind yet
+        classes=tuple(classes),
     )
 
 
-def _build(family: str, architecture: Mapping[str, Any]) -> tuple[nn.Module, Sequence[str]]:
+def _build(family: str, architecture: Mapping[str, Any]) -> tuple[nn.Module, Elastic | Sequence[str]]:
     try:
         with torch.device("meta"):  # counts weights without making any
             network, _ = supernets.build(family, architecture)
@@ -108,12 +142,11 @@ def _build(family: str, architecture: Mapping[str, Any]) -> tuple[nn.Module, Seq
 
 
 @torch.no_grad()
-def _check_fit(network: nn.Module, input: InputSpec, classes: Sequence[str]) -> None:
+def _check_fit(network: nn.Module, input: InputSpec | TokenSpec, classes: Sequence[str]) -> None:
     try:
-        logits = network.eval()(torch.zeros(1, input.channels, input.height, input.width))
-    except (RuntimeError, ValueError) as error:
-        form = f"{input.height}x{input.width} with {input.channels} channels"
-        raise SupernetError(f"input of {form} does not fit the network: {_first_line(error)}") from error
+        logits = network.eval()(*input.example())
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise SupernetError(f"input of {input} does not fit the network: {_first_line(error)}") from error
     network.train()
     if logits.shape != (1, len(classes)):
         raise SupernetError(f"classes: {len(classes)} names, but the network has outputs {tuple(logits.shape[1:])}")
@@ -134,7 +167,7 @@ def save_servable(servable: Servable, folder: Path) -> None:
         "name": servable.name,
         "family": servable.family,
         "architecture": dict(servable.architecture),
-        "space": {"depths": space.depths, "expands": space.expands},
+        "space": asdict(space),
         "input": asdict(servable.input),
         "classes": servable.classes,
     }
@@ -167,16 +200,18 @@ def _parse(document: object) -> Servable:
     if isinstance(document, dict) and document.get("schema", SCHEMA) != SCHEMA:
         raise SupernetError(f"schema must be {SCHEMA}, not {document['schema']!r:.40}")
     top = _record(document, "", FIELDS)
-    space = _record(top["space"], "space", ("depths", "expands"))
-    form = _record(top["input"], "input", [each.name for each in fields(InputSpec)])
+    family = supernets.family_of(top["family"])
+    space = _record(top["space"], "space", [each.name for each in fields(family.space)])
     rows = {name: tuple(map(tuple, _lists(space[name], f"space.{name}"))) for name in space}
-    form |= {name: tuple(_list(form[name], f"input.{name}")) for name in ("mean", "std")}
+    spec = TokenSpec if family.text else InputSpec
+    form = _record(top["input"], "input", [each.name for each in fields(spec)])
+    form |= {name: tuple(_list(form[name], f"input.{name}")) for name in ("mean", "std") if name in form}
     return create_servable(
         name=top["name"],
         family=top["family"],
         architecture=top["architecture"],
-        space=_named("space", SubnetSpace, **rows),
-        input=_named("input", InputSpec, **form),
+        space=_named("space", family.space, **rows),
+        input=_named("input", spec, **form),
         classes=_list(top["classes"], "classes"),
     )
 
@@ -229,7 +264,9 @@ def _load_weights(supernet: Supernet, path: Path) -> None:
 def _load_statistics(supernet: Supernet, path: Path) -> None:
     for name, array in _read_arrays(path).items():
         try:
-            supernet.set_statistics(Subnet.parse(name), _tensor(array, f"statistics of {name}"))
+            packed = array.dtype == np.uint8 and array.ndim == 1
+            flat = torch.from_numpy(array) if packed else _tensor(array, f"statistics of {name}")
+            supernet.set_statistics(supernet.space.parse(name), flat)
         except SupernetError as error:
             raise SupernetError(f"{path}: {error}") from error
 
@@ -273,10 +310,5 @@ def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            write(file)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as file:
+        write(file)

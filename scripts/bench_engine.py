@@ -60,7 +60,7 @@ from engine import CHUNK, Engine
 from executables import CannotFuseError, Executable, ExecutableCache, trace
 from scripts.bench_supernet import memory, tensor_bytes
 from servable import Servable, load_servable
-from supernet import Subnet, Supernet, SupernetError
+from supernet import Supernet, SupernetError
 
 TOLERANCE, WARM_UP, FEWEST = 1e-4, 3, 3  # the latter two in rounds
 BUDGETS = ("0", "1x", "2x", "4x", "8x")
@@ -76,7 +76,7 @@ Step = Callable[[], object]
 
 def networks_of(supernet: Supernet, name: str, x: Tensor, threads: int) -> tuple[dict[str, Network], dict[str, Any]]:
     """All forms of a subnet, for inputs like ``x``, and their sizes."""
-    actuated = supernet.actuate(Subnet.parse(name))
+    actuated = supernet.actuate(supernet.space.parse(name))
     extracted = supernet.extract(actuated.subnet).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     shared = trace(actuated)
     packed = shared.packed()
@@ -167,7 +167,7 @@ def compare(servable: Servable, name: str, options: argparse.Namespace, step: St
         x = inputs(servable, batch, options.seed)
         plain = x.contiguous()
         runs = {form: partial(run, plain if form == "onnxruntime" else x) for form, run in networks.items()}
-        check(f"{name}, batch {batch}", runs, servable.supernet.actuate(Subnet.parse(name))(x))
+        check(f"{name}, batch {batch}", runs, servable.supernet.actuate(servable.supernet.space.parse(name))(x))
         medians_ms = interleaved(runs, options.rounds, options.seconds, step)
         row = {"subnet": name, "batch": batch} | {f"{form}_ms": median for form, median in medians_ms.items()}
         row["budget0_to_eager"] = round(medians_ms["budget0"] / medians_ms["extracted_eager"], 3)
@@ -210,7 +210,7 @@ def budget_curve(servable: Servable, names: Sequence[str], options: argparse.Nam
     supernet, x = servable.supernet, inputs(servable, CURVE_BATCH, options.seed)
     cache, points, held, resident = ExecutableCache(0), [], [], []
     for name in names:
-        cache.add(name, supernet.actuate(Subnet.parse(name)))
+        cache.add(name, supernet.actuate(supernet.space.parse(name)))
     shared = [cache.get(name) for name in names]
     for budget in BUDGETS:
         cache.budget = Config(memory_budget=budget).memory_budget_bytes(supernet.nbytes)

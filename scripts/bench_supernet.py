@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import slackfit
 from engine import Engine
 from servable import Servable, load_servable
-from supernet import ActuatedSubnet, Subnet
+from supernet import ActuatedSubnet
 
 
 def tensor_bytes(tensors: Sequence[Tensor]) -> int:
@@ -43,7 +43,7 @@ def memory(servable: Servable, frontier: Sequence[str]) -> dict[str, object]:
     weights = tensor_bytes([*supernet.network.parameters(), *supernet.network.buffers()])
     norms = tensor_bytes(list(supernet.statistics.values()))
     picked = [frontier[round(i * (len(frontier) - 1) / 5)] for i in range(6)]
-    zoo = [supernet.extract(Subnet.parse(name)) for name in picked]
+    zoo = [supernet.extract(supernet.space.parse(name)) for name in picked]
     zoo_bytes = sum(tensor_bytes([*network.parameters(), *network.buffers()]) for network in zoo)
     return {
         "weights_bytes": weights,
@@ -113,8 +113,8 @@ def _together(pairs: Sequence[tuple[ActuatedSubnet, nn.Module]], x: Tensor) -> f
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--profile", type=Path, default=Path("profiles/cifar10"))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--profile", type=Path, default=Path("profiles/cifar10"), help="folder of the servable")
+    parser.add_argument("--seed", type=int, default=0, help="of the subnets that are looked at")
     options = parser.parse_args(arguments)
     servable = load_servable(options.profile)
     choices = [choice for choice in slackfit.load_choices(options.profile) if choice.frontier]

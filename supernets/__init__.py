@@ -1,23 +1,51 @@
-"""Architecture families: plain torch networks, one file each; supernet.py makes them elastic."""
+"""Architecture families, one file each: plain torch networks, and what of them is elastic."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from supernets import resnet
+from operators import Elastic
+from subnets import Space, SubnetSpace
+from supernets import bert, ofa_mobilenet, ofa_resnet, resnet
 
-FAMILIES = {"resnet": (resnet.ResNet, resnet.STAGES)}
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """How a family's network is made, what its space is, and what is elastic: declared, or found in these stages.
+
+    ``text``: whether inputs are token ids rather than images.
+    """
+
+    network: Callable[..., nn.Module]
+    space: type[Space]
+    elastic: Callable[[Any], Elastic] | Sequence[str]
+    text: bool = False
 
 
-def build(family: str, architecture: Mapping[str, Any]) -> tuple[nn.Module, Sequence[str]]:
-    """The family's plain network with random weights, and the names of its stages; raises ValueError if unknown."""
-    if not isinstance(family, str) or family not in FAMILIES:
-        raise ValueError(f"unknown family '{family}'; known: {', '.join(sorted(FAMILIES))}")
-    network, stages = FAMILIES[family]
+FAMILIES = {
+    "bert": Family(bert.Bert, bert.BertSpace, bert.elastic, text=True),
+    "ofa_mobilenet": Family(ofa_mobilenet.OfaMobileNet, ofa_mobilenet.OfaMobileNetSpace, ofa_mobilenet.elastic),
+    "ofa_resnet": Family(ofa_resnet.OfaResNet, ofa_resnet.OfaResNetSpace, ofa_resnet.elastic),
+    "resnet": Family(resnet.ResNet, SubnetSpace, resnet.STAGES),
+}
+
+
+def family_of(name: str) -> Family:
+    """The family of this name; raises ValueError, listing the known ones, if there is none."""
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise ValueError(f"unknown family '{name}'; known: {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[name]
+
+
+def build(name: str, architecture: Mapping[str, Any]) -> tuple[nn.Module, Elastic | Sequence[str]]:
+    """The family's plain network with random weights, and what of it is elastic; raises ValueError if unknown."""
+    family = family_of(name)
     try:
-        return network(**architecture), stages
+        network = family.network(**architecture)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"architecture does not fit family '{family}': {error}") from error
+        raise ValueError(f"architecture does not fit family '{name}': {error}") from error
+    return network, family.elastic(network) if callable(family.elastic) else family.elastic

@@ -478,6 +478,18 @@ def test_adding_again_changes_nothing() -> None:
     assert cache.get("0") is shared
 
 
+def test_what_is_dropped_for_want_of_memory_is_not_held_again() -> None:
+    cache = cache_of(8, 1, 1)
+    cache.fill()
+    assert cache.held == ("0", "1")
+    cache.drop()
+    assert (cache.held, cache.nbytes) == ((), 0)
+    cache.get("0")
+    cache.rebalance()
+    cache.fill()
+    assert cache.held == ()
+
+
 def test_threads_that_add_the_same_subnet_add_it_once() -> None:
     cache = ExecutableCache(8)
     together = threading.Barrier(4)
@@ -521,7 +533,7 @@ def pixels(count: int) -> list[np.ndarray]:
 
 def held(engine: Engine) -> tuple[str, ...]:
     """What is held once the builder has done what it was told so far."""
-    engine._builder.submit(lambda: None).result()
+    engine._builder.submit(lambda _: None).future.result()
     assert engine.executables is not None
     return engine.executables.held
 
@@ -549,7 +561,7 @@ async def test_a_busy_builder_rebalances_once_not_once_a_batch(engine: Engine) -
     engine.executables.REBALANCE_EVERY = 8
     await engine.prepare(NAMES)
     free = threading.Event()
-    engine._builder.submit(free.wait)
+    engine._builder.submit(lambda _: free.wait())
     for _ in range(40):
         await engine.run(SPACE.smallest.name, pixels(1))
     free.set()

@@ -156,7 +156,7 @@ def test_missing_inner_fields_are_named(folder: Path, path: str) -> None:
         ("schema", None, "schema must be 1, not None"),
         ("name", None, "name must be some text"),
         ("name", "", "name must be some text"),
-        ("family", "vgg", "unknown family 'vgg'; known: resnet"),
+        ("family", "vgg", "unknown family 'vgg'; known: bert, ofa_mobilenet, ofa_resnet, resnet"),
         ("family", ["resnet"], "unknown family"),
         ("classes", None, "classes must be a list"),
         ("classes", 5, "classes must be a list"),

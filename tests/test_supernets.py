@@ -54,7 +54,7 @@ def test_a_block_changes_its_shortcut_only_where_shapes_change() -> None:
 
 
 def test_unknown_family_lists_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"^unknown family 'vgg'; known: resnet$"):
+    with pytest.raises(ValueError, match=r"^unknown family 'vgg'; known: bert, ofa_mobilenet, ofa_resnet, resnet$"):
         supernets.build("vgg", {})
 
 
