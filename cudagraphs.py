@@ -30,10 +30,14 @@ BATCH_SIZES = (64, 32, 16, 8, 4, 2, 1)
 WARM_UP_RUNS = 2
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether this says that the device (or what it shares with the host) has too little memory left."""
+# How torch, the libraries below it and the allocators of a CPU say it, where they have no class for it.
+_OUT_OF_MEMORY = ("out of memory", "STATUS_ALLOC_FAILED", "not enough memory", "allocate memory", "bad_alloc")
+
+
+def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """Whether this says that the device or the host has too little memory left."""
     said = str(error)
-    return isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in said or "STATUS_ALLOC_FAILED" in said
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(each in said for each in _OUT_OF_MEMORY)
 
 
 def is_lost(error: RuntimeError) -> bool:

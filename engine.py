@@ -20,7 +20,6 @@ import platform
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,8 @@ from torch import Tensor
 from cudagraphs import GraphCache, GraphPool, Network, Pair, is_lost, is_out_of_memory
 from executables import ExecutableCache
 from servable import InputSpec, Servable
-from supernet import ActuatedSubnet, Subnet
+from supernet import ActuatedSubnet
+from workers import Crew
 
 
 class EngineError(RuntimeError):
@@ -44,6 +44,18 @@ class DeviceLostError(EngineError):
     """The device failed in a way after which it computes nothing more, until the process starts anew."""
 
 
+# What tests make go wrong: called with a subnet's name and network on a worker's thread; what it returns computes the
+# batch. It may return a network that raises, hangs or computes nonsense, or the one that it was given.
+Faults = Callable[[str, Network], Network]
+
+# How many hung workers of a CPU are replaced; each left a thread behind that may compute for ever, so that more of them
+# ask for a new process. On a GPU a hung stream cannot be got rid of, and no worker is replaced.
+REPLACEMENTS = 3
+# A batch of the start hangs when it takes so long: nothing is known of it yet, and it may prepare much.
+START_LIMIT_S = 120.0
+# What still runs when the engine closes gets so long to end.
+CLOSE_S = 5.0
+
 # How many prepared operations oneDNN keeps (1024 unless told) and torch with them. Preparing one takes longer than a
 # small convolution, and a frontier of subnets at every batch size up to CHUNK needs a few thousand, of some 10 kB each.
 # They are read at the first convolution, so that they must be set before any network runs.
@@ -53,6 +65,8 @@ os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
 # A CPU computes larger batches in parts of at most so many: outputs that stay in cache, far fewer shapes to prepare
 # for, and a quarter of the memory, for 1 to 5 % of the time (docs/LOG.md).
 CHUNK = 16
+# Batches of many sizes leave the heap full of holes, 35 MB within a minute; giving them back takes some 4 ms.
+TRIM_EVERY_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,11 +124,21 @@ class Normaliser:
 class Worker:
     """Computes one batch at a time on the CPU."""
 
-    def __init__(self, normaliser: Normaliser) -> None:
+    def __init__(self, normaliser: Normaliser, free_memory: Callable[[], None], most: float = CHUNK) -> None:
+        """``free_memory`` is to make room when memory has run out; ``most`` inputs are computed at once."""
         self._normaliser = normaliser
+        self.limit = PieceLimit(free_memory, most)
 
     def compute(self, network: Network, inputs: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
-        """Class probabilities (batch, classes)."""
+        """Class probabilities (batch, classes); returns when they are on the host.
+
+        When memory runs out, what is held is given up and the batch is tried once more, in smaller pieces; those after
+        it come in such pieces from the start. Raises DeviceLostError, or what else the device did.
+        """
+        with noticing_loss():
+            return self.limit.compute(functools.partial(self._compute_piece, network), inputs)
+
+    def _compute_piece(self, network: Network, inputs: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
         with torch.inference_mode():
             batch = self._batch(inputs)
             parts = batch.tensor_split(-(-len(inputs) // CHUNK)) if len(inputs) > CHUNK else (batch,)
@@ -141,12 +165,12 @@ class PieceLimit:
     """How large a batch is computed in one piece: any, until memory runs out; then half of what was too much.
 
     It never grows again: what took the memory once may do so at any time. ``free_memory`` is to make room before the
-    batch is tried again.
+    batch is tried again. ``most`` is what a piece is at most computed of at once, so that half of it is smaller.
     """
 
-    def __init__(self, free_memory: Callable[[], None]) -> None:
+    def __init__(self, free_memory: Callable[[], None], most: float = math.inf) -> None:
         self.largest: int | None = None
-        self._free_memory = free_memory
+        self._free_memory, self._most = free_memory, most
 
     def compute(self, piece: Piece, inputs: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
         """The rows of a batch, computed by ``piece``; tried once more in smaller pieces when memory runs out.
@@ -155,11 +179,11 @@ class PieceLimit:
         """
         try:
             return self._in_pieces(piece, inputs)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
         # After the except clause: before its end, the error's traceback holds the tensors of the failed try.
-        self.largest = max(1, min(len(inputs), self.largest or len(inputs)) // 2)
+        self.largest = max(1, int(min(len(inputs), self.largest or len(inputs), self._most)) // 2)
         self._free_memory()
         return self._in_pieces(piece, inputs)
 
@@ -192,14 +216,13 @@ class CudaWorker(Worker):
 
     def __init__(self, normaliser: Normaliser, device: torch.device, shape: tuple[int, ...], budget: float) -> None:
         """``shape``: of an input's pixels (H, W, C); ``budget``: bytes that this worker's graphs may take."""
-        super().__init__(normaliser)
+        super().__init__(normaliser, self._free_memory, most=math.inf)
         self._device, self._shape = device, shape
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         self._pinned: dict[tuple[Any, ...], Tensor] = {}
         self._turn = threading.Lock()  # computing or capturing: both use the stream and the graphs
         self.graphs = GraphCache(GraphPool(self._stream, device, shape, self._probabilities), budget)
-        self.limit = PieceLimit(self._free_memory)
 
     def capture(self, networks: Mapping[str, Network]) -> None:
         """Capture these subnets, by name, as far as the budget goes; a batch that comes meanwhile waits."""
@@ -207,18 +230,16 @@ class CudaWorker(Worker):
             self.graphs.fill(networks)
 
     def compute(self, network: Network, inputs: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
-        """Class probabilities (batch, classes); returns when they are on the host.
-
-        When memory runs out, the graphs are given up and the batch is tried once more, in smaller pieces; those after
-        it come in such pieces from the start. Raises DeviceLostError, or what else the device did.
-        """
-        with self._turn, noticing_loss():
-            return self.limit.compute(functools.partial(self._compute_piece, network), inputs)
+        """As any worker, but never while it captures."""
+        with self._turn:
+            return super().compute(network, inputs)
 
     def close(self) -> None:
         """Give up the graphs; what the worker computes afterwards is computed without."""
-        with self._turn, contextlib.suppress(RuntimeError):  # of a lost device there is nothing to give back
-            self.graphs.drop()
+        if self._turn.acquire(blocking=False):  # else it hangs
+            with contextlib.suppress(RuntimeError):  # of a lost device there is nothing to give back
+                self.graphs.drop()
+            self._turn.release()
 
     def _compute_piece(self, network: Network, inputs: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
         with torch.inference_mode(), torch.cuda.stream(self._stream):
@@ -265,7 +286,12 @@ class CudaWorker(Worker):
 
 
 class Engine:
-    """Runs batches on one device; ``run`` may be called for as many batches at once as there are workers."""
+    """Runs batches on one device; ``run`` may be called for as many batches at once as there are workers.
+
+    ``faults`` is for tests; None costs nothing.
+    """
+
+    faults: Faults | None = None
 
     def __init__(
         self,
@@ -299,35 +325,38 @@ class Engine:
         self._threads = threads
         self._actuated: dict[str, ActuatedSubnet] = {}
         self.executables = ExecutableCache(memory_budget) if not cuda else None
-        self._builder = ThreadPoolExecutor(
-            1, thread_name_prefix="builder", initializer=torch.set_num_threads, initargs=(1,)
-        )
+        self._builder = Crew(1, "builder", functools.partial(torch.set_num_threads, 1))
         share = memory_budget / workers
         self._cuda_workers = [self._cuda_worker(share) for _ in range(workers)] if cuda else []
         self._without_thread = list(self._cuda_workers)
-        self._local = threading.local()
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="engine", initializer=self._start_worker)
+        self._crew = Crew(workers, "engine", self._make_worker, spares=0 if cuda else REPLACEMENTS)
+        self._lost: str | None = None
+        self._trimmed_s = time.perf_counter()
 
     def _cuda_worker(self, budget: float) -> CudaWorker:
         return CudaWorker(self._normaliser, self._device, self.blank_input().shape, budget)
 
-    def _start_worker(self) -> None:
+    def _make_worker(self) -> Worker:
         if self._device.type == "cuda":
-            self._local.worker = self._without_thread.pop()
-        else:
-            torch.set_num_threads(self._threads)  # counts for the calling thread
-            self._local.worker = Worker(self._normaliser)
+            return self._without_thread.pop()
+        torch.set_num_threads(self._threads)  # counts for the calling thread
+        return Worker(self._normaliser, self._free_memory)
 
-    def run(self, name: str, inputs: Sequence[NDArray[Any]]) -> Awaitable[Outputs]:
+    @property
+    def lost(self) -> str | None:
+        """Why nothing can be computed any more until the process starts anew; None as long as something can."""
+        return self._lost or (None if self._crew.present else "every worker hangs")
+
+    def run(self, name: str, inputs: Sequence[NDArray[Any]], limit_s: float = math.inf) -> Awaitable[Outputs]:
         """Start a batch on this subnet at once; awaiting gives its outputs or raises what the device did.
 
-        Raises DeviceLostError when no batch will succeed any more.
+        Raises DeviceLostError when no batch will succeed any more, and HungError (workers.py) once the batch has been
+        running for ``limit_s``: its worker is then given up, and replaced if that is possible.
         """
-        loop = asyncio.get_running_loop()
         try:
-            return loop.run_in_executor(self._pool, self._compute, name, inputs)
-        except RuntimeError as error:  # the engine is closed
-            refused: asyncio.Future[Outputs] = loop.create_future()
+            return self._crew.run(functools.partial(self._compute, name, inputs), limit_s)
+        except RuntimeError as error:  # the engine is closed, or no worker is left
+            refused: asyncio.Future[Outputs] = asyncio.get_running_loop().create_future()
             refused.set_exception(EngineError(str(error)))
             return refused
 
@@ -335,21 +364,41 @@ class Engine:
         """The subnet of this name, ready to run: a look-up after the first time."""
         actuated = self._actuated.get(name)
         if actuated is None:
+            supernet = self._servable.supernet
             # The first stays, where two threads come at once: graphs are found by it.
-            actuated = self._actuated.setdefault(name, self._servable.supernet.actuate(Subnet.parse(name)))
+            actuated = self._actuated.setdefault(name, supernet.actuate(supernet.space.parse(name)))
         return actuated
 
-    def _compute(self, name: str, inputs: Sequence[NDArray[Any]]) -> Outputs:
-        worker: Worker = self._local.worker
-        outputs = Outputs(worker.compute(self._network(name), inputs), time.perf_counter())
-        if self.executables is not None and self.executables.stale:
-            self._builder.submit(self._rebalance)
+    def _compute(self, name: str, inputs: Sequence[NDArray[Any]], worker: Worker) -> Outputs:
+        try:
+            network = self._network(name)
+            if self.faults is not None:
+                network = self.faults(name, network)
+            outputs = Outputs(worker.compute(network, inputs), time.perf_counter())
+        except DeviceLostError as error:
+            self._lost = str(error)
+            raise
+        if self.executables is not None:
+            self._look_after(self.executables, outputs.finished_s)
         return outputs
 
-    def _rebalance(self) -> None:
+    def _look_after(self, executables: ExecutableCache, now_s: float) -> None:
+        """On another thread, so that batches need not wait for it."""
+        if executables.stale:
+            self._builder.submit(self._rebalance)
+        if now_s > self._trimmed_s + TRIM_EVERY_S:
+            self._trimmed_s = now_s
+            self._builder.submit(lambda _: _trim())
+
+    def _rebalance(self, _: object) -> None:
         """Once, however many batches asked for it while the builder was busy."""
         if self.executables is not None and self.executables.stale:
             self.executables.rebalance()
+
+    def _free_memory(self) -> None:
+        if self.executables is not None:
+            self.executables.drop()
+        _return_freed_memory()
 
     def _network(self, name: str) -> Network:
         if self.executables is None:
@@ -360,9 +409,9 @@ class Engine:
 
     async def prepare(self, names: Sequence[str]) -> None:
         """Get these subnets ready, and hold the first of them packed or captured, as far as the memory budget goes."""
-        await asyncio.wrap_future(self._builder.submit(self._prepare, names))
+        await self._builder.run(functools.partial(self._prepare, names))
 
-    def _prepare(self, names: Sequence[str]) -> None:
+    def _prepare(self, names: Sequence[str], _: object) -> None:
         networks: dict[str, Network] = {}
         for name in names:
             actuated = networks[name] = self.actuate(name)
@@ -394,21 +443,30 @@ class Engine:
         blank = self.blank_input()
         for name in names:
             for size in batch_sizes:
-                await asyncio.gather(*(self.run(name, [blank] * size) for _ in range(self.facts.workers)))
+                batches = (self.run(name, [blank] * size, START_LIMIT_S) for _ in range(self.facts.workers))
+                await asyncio.gather(*batches)
                 step()
         _return_freed_memory()
 
     def close(self) -> None:
-        """Let running batches end, then stop the threads and give back what a GPU holds."""
-        self._pool.shutdown()
-        self._builder.shutdown()
+        """Let running batches end, then stop the threads and give back what a GPU holds.
+
+        What has not ended within CLOSE_S fails, and is left alone.
+        """
+        until_s = time.perf_counter() + CLOSE_S
+        self._crew.close(CLOSE_S)
+        self._builder.close(max(0.0, until_s - time.perf_counter()))
         for worker in self._cuda_workers:
             worker.close()
 
 
 def _return_freed_memory() -> None:
-    """Give what was only needed for starting back to the system; glibc would keep some 30 MB of it."""
+    """Give what is no longer needed back to the system; glibc would keep some 30 MB of it."""
     gc.collect()
+    _trim()
+
+
+def _trim() -> None:
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -427,7 +485,7 @@ async def measure_latencies(
 
     async def timed(name: str, size: int) -> float:
         started_s = time.perf_counter()
-        return (await engine.run(name, [image] * size)).finished_s - started_s
+        return (await engine.run(name, [image] * size, START_LIMIT_S)).finished_s - started_s
 
     for number in range(rounds + 1):
         for name in names:

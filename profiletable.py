@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 
+from wholefile import write_text
+
 SCHEMA = 1
 KINDS = ("subnet", "ensemble")
 DEVICE_KINDS = ("cpu", "cuda", "synthetic")  # synthetic: made up, to be simulated and never served
@@ -370,9 +372,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _write(path: Path, document: Mapping[str, object]) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
 def _read(path: Path, names: Sequence[str]) -> dict[str, object]:

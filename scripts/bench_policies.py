@@ -31,6 +31,7 @@ import slackfit  # noqa: E402 the path is set above
 from dispatcher import DeadlineHeap, Query  # noqa: E402
 from scripts import replay  # noqa: E402
 from scripts.compare_policies import RIVALS, TABLES, Bench  # noqa: E402
+from wholefile import write_text  # noqa: E402
 
 NOTHING = np.empty(0)
 STATES = {"calm": 40.0, "overload": 1.0}  # how many SLOs the deadlines are spread over
@@ -113,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{where} p50 {row['p50_us']:7.1f} us  p99 {row['p99_us']:7.1f} us")
     document = {"cores": os.cpu_count(), **replay.provenance(), "waiting": options.waiting, "rows": rows}
     if options.json:
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+        write_text(options.json, json.dumps(document, indent=1) + "\n")
     print(json.dumps(document))
 
 

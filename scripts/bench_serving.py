@@ -7,7 +7,7 @@ edge; what is measured includes HTTP, decoding and the client's own delay. The l
 --out keeps it, every run's report and a plot for each load.
 
     python scripts/bench_serving.py
-    python scripts/bench_serving.py --loads 0.5 --duration 10 --policies halfslo
+    python scripts/bench_serving.py --loads 0.5 --duration 10 --policies clearfit
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ HOUSE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HOUSE))
 
 from scripts import workloads  # noqa: E402 the path is set above
+from wholefile import write_text  # noqa: E402
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,15 +178,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shared = HOUSE.parent / "shared" / "data"
-    parser.add_argument("--profile", type=Path, default=HOUSE / "profiles" / "cifar10")
+    parser.add_argument("--profile", type=Path, default=HOUSE / "profiles" / "cifar10", help="folder of the servable")
     parser.add_argument("--trace", default=str(shared / "traces" / "twitter_normal.txt.gz"), help="see replay.py")
     parser.add_argument("--data", default=str(shared / "cifar10_jpeg.npz"), help="images; see replay.py")
     parser.add_argument("--loads", type=float, nargs="+", default=[0.3, 0.6, 0.9], help="fractions of the capacity")
-    parser.add_argument("--policies", nargs="+", default=["halfslo", "slackfit", "fixed:largest", "fixed:smallest"])
+    policies = ["clearfit", "slackfit", "fixed:largest", "fixed:smallest"]
+    parser.add_argument("--policies", nargs="+", default=policies, help=f"default: {' '.join(policies)}")
     parser.add_argument("--capacity", type=float, default=0.0, help="queries/s; searched when not given")
     parser.add_argument("--first-rate", type=float, default=400.0, help="where the search for the capacity begins")
     parser.add_argument("--duration", type=float, default=60.0, help="seconds of each run")
-    parser.add_argument("--slo-ms", type=float, default=100.0)
+    parser.add_argument("--slo-ms", type=float, default=100.0, help="SLO of each query (default: 100)")
     parser.add_argument("--out", type=Path, help="folder for reports and plots (default: a temporary one)")
     parser.add_argument(
         "--flags", nargs=argparse.REMAINDER, default=[], help="last: all further flags go to the server"
@@ -209,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "commit": commit.stdout.strip(), "cores": os.cpu_count(), "slo_ms": options.slo_ms, "trace": options.trace,
             "duration_s": options.duration, "capacity_qps": round(capacity, 1), "rows": rows,
         }  # fmt: skip
-        (out / "serving.json").write_text(json.dumps(document, indent=1) + "\n")
+        write_text(out / "serving.json", json.dumps(document, indent=1) + "\n")
         print(json.dumps(document))
 
 

@@ -81,13 +81,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shared = HOUSE.parent / "shared" / "data"
-    parser.add_argument("--profile", type=Path, default=HOUSE / "profiles" / "cifar10")
-    parser.add_argument("--policy", default="halfslo")
+    parser.add_argument("--profile", type=Path, default=HOUSE / "profiles" / "cifar10", help="folder of the servable")
+    parser.add_argument("--policy", default="clearfit", help="see superserve --help (default: clearfit)")
     parser.add_argument("--data", default=str(shared / "cifar10_jpeg.npz"), help="images; see replay.py")
     parser.add_argument("--rate", type=float, default=300.0, help="mean arrivals per second (default: 300)")
     parser.add_argument("--duration", type=float, default=60.0, help="seconds of each run (default: 60)")
     parser.add_argument("--lead", type=float, default=1.5, help="seconds that the client needs before its first query")
-    parser.add_argument("--slo-ms", type=float, default=100.0)
+    parser.add_argument("--slo-ms", type=float, default=100.0, help="SLO of each query (default: 100)")
     parser.add_argument("--rounds", type=int, default=1, help="how often both are run, in turns (default: 1)")
     parser.add_argument("--out", type=Path, help="folder for reports and plots (default: a temporary one)")
     return parser.parse_args(arguments)

@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from profiletable import ProfileError, ProfileTable
 from scripts.workloads import Arrivals, WorkloadError
+from wholefile import write_text
 
 Floats = NDArray[np.float64]
 
@@ -306,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }  # fmt: skip
         text = json.dumps(document, allow_nan=False)
         if options.json:
-            options.json.write_text(text + "\n")
+            write_text(options.json, text + "\n")
     except (OracleError, ProfileError, simulate.SimulationError, WorkloadError, OSError) as error:
         sys.exit(f"oracle.py: {error}")
     print(text)

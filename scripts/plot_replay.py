@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Read the reports and draw them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("reports", nargs="+", type=Path, metavar="FILE.json", help="written by replay.py --json")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.png")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="the picture")
     options = parser.parse_args(arguments)
     reports = []
     for path in options.reports:

@@ -46,6 +46,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts import datasets, workloads
+from wholefile import write_text
 
 CIFAR10 = "../shared/data/cifar10_jpeg.npz"
 GRACE_S = 10.0  # how long after the last send replies are waited for, beyond the SLO
@@ -513,7 +514,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     images = parser.add_mutually_exclusive_group()
     images.add_argument("--data", default=CIFAR10, help="an .npz of JPEG files, or digits (%(default)s)")
     images.add_argument("--images", type=Path, metavar="FOLDER", help="FOLDER/CLASS/*.jpg or FOLDER/test/CLASS/*.jpg")
-    parser.add_argument("--slo-ms", type=float, default=100.0)
+    parser.add_argument("--slo-ms", type=float, default=100.0, help="SLO of each query (default: 100)")
     parser.add_argument("--min-accuracy", type=float, help="the floor that each query asks for, 0 to 1")
     parser.add_argument("--connections", type=int, default=64, metavar="N", help="opened at first; more when all work")
     parser.add_argument("--seed", type=int, default=0, help="of arrivals, thinning and the order of images")
@@ -638,7 +639,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         plot_replay.draw([report], options.plot)
     if options.json:
-        options.json.write_text(json.dumps(report, allow_nan=False) + "\n")
+        write_text(options.json, json.dumps(report, allow_nan=False) + "\n")
     del report["timeline_fine"]
     print(json.dumps(report, allow_nan=False))
     if not report["complete"]:

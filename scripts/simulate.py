@@ -36,6 +36,7 @@ from scripts import replay, workloads
 from slackfit import Latencies, Policy, ProfileError, ProfileTable
 from superserve import Answer, Batch, Dispatcher, Query
 from web.errors import DeadlineExceeded, QueueFull
+from wholefile import write_text
 
 MAX_QUEUE = 1000  # the server's default
 NO_INPUT = np.empty(0)  # the input of every query
@@ -451,8 +452,8 @@ def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--slo-ms", type=float, nargs="+", default=[100.0], metavar="MS", help="several: each query draws one of them"
     )
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1, help="batches that run at the same time (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of arrivals, thinning and noise")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report to a file, too")
 
 
@@ -500,16 +501,20 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_workload_arguments(parser)
-    parser.add_argument("--policy", default="halfslo", help=f"one of {', '.join(slackfit.POLICIES)} (%(default)s)")
-    parser.add_argument("--max-queue", type=int, default=MAX_QUEUE, metavar="N")
+    parser.add_argument("--policy", default="clearfit", help=f"one of {', '.join(slackfit.POLICIES)} (%(default)s)")
+    parser.add_argument("--max-queue", type=int, default=MAX_QUEUE, metavar="N", help="waiting at most")
     parser.add_argument("--service", choices=("p99", "p50"), default="p99", help="which latency batches really take")
     parser.add_argument("--answer-ms", type=float, default=0.0, metavar="MS", help="from a batch's end to its answers")
     parser.add_argument("--margin", type=float, default=0.0, help="plan with longer latencies; the server's is 0.3")
     parser.add_argument("--sigma", type=float, default=0.0, help="of a lognormal factor on each batch's time")
-    parser.add_argument("--stragglers", type=float, nargs=2, default=(0.0, 2.0), metavar=("PROBABILITY", "FACTOR"))
     parser.add_argument(
-        "--slowdown", type=float, nargs=3, action="append", default=[], metavar=("FROM_S", "TO_S", "FACTOR")
-    )
+        "--stragglers", type=float, nargs=2, default=(0.0, 2.0), metavar=("PROBABILITY", "FACTOR"),
+        help="of batches that take so many times as long",
+    )  # fmt: skip
+    parser.add_argument(
+        "--slowdown", type=float, nargs=3, action="append", default=[], metavar=("FROM_S", "TO_S", "FACTOR"),
+        help="all batches take so many times as long for a while",
+    )  # fmt: skip
     parser.add_argument(
         "--outage", type=float, nargs=3, action="append", default=[], metavar=("WORKER", "FROM_S", "TO_S"),
         help="workers count from 0; inf: it does not come back",
@@ -563,7 +568,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         document = report(options)
         if options.json:
-            options.json.write_text(json.dumps(document, allow_nan=False) + "\n")
+            write_text(options.json, json.dumps(document, allow_nan=False) + "\n")
     except (SimulationError, ProfileError, slackfit.PolicyError, workloads.WorkloadError, OSError) as error:
         sys.exit(f"simulate.py: {error}")
     del document["timeline_fine"]

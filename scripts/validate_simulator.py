@@ -6,7 +6,7 @@ Loads are fractions of ``--capacity``, the rate that the fastest subnet can serv
 JSON document: for each pair attainment and mean serving accuracy of both, and by how much they differ.
 
     python scripts/validate_simulator.py --capacity 1200
-    python scripts/validate_simulator.py --capacity 1200 --loads 0.3 --policies halfslo --duration 20
+    python scripts/validate_simulator.py --capacity 1200 --loads 0.3 --policies clearfit --duration 20
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ sys.path.insert(0, str(HOUSE))
 
 from config import Config  # noqa: E402 the path is set above
 from scripts import bench_serving, simulate  # noqa: E402
+from wholefile import write_text  # noqa: E402
 
 
 def compare(options: argparse.Namespace, table: Path, load: float, policy: str, scratch: Path) -> dict[str, Any]:
@@ -66,16 +67,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shared = HOUSE.parent / "shared" / "data"
-    parser.add_argument("--profile", type=Path, default=HOUSE / "profiles" / "cifar10")
+    parser.add_argument("--profile", type=Path, default=HOUSE / "profiles" / "cifar10", help="folder of the servable")
     parser.add_argument("--data", default=str(shared / "cifar10_jpeg.npz"), help="images; see replay.py")
     parser.add_argument("--trace", default="", help="arrivals of this trace, squeezed; Poisson when not given")
     parser.add_argument("--capacity", type=float, required=True, help="queries/s, as bench_serving.py finds it")
     parser.add_argument(
         "--loads", type=float, nargs="+", default=[0.2, 0.4, 0.6, 0.8], help="fractions of the capacity"
     )
-    parser.add_argument("--policies", nargs="+", default=["halfslo", "slackfit"])
+    parser.add_argument("--policies", nargs="+", default=["clearfit", "slackfit"], help="default: clearfit slackfit")
     parser.add_argument("--duration", type=float, default=30.0, help="seconds of each run (default: 30)")
-    parser.add_argument("--slo-ms", type=float, default=100.0)
+    parser.add_argument("--slo-ms", type=float, default=100.0, help="SLO of each query (default: 100)")
     parser.add_argument("--out", type=Path, help="write the JSON document to this file, too")
     return parser.parse_args(arguments)
 
@@ -99,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{row['load']:.0%} {row['policy']:<12} attainment {attainments}  accuracy {accuracies}")
     document = {"profile": str(options.profile), "slo_ms": options.slo_ms, "duration_s": options.duration, "rows": rows}
     if options.out:
-        options.out.write_text(json.dumps(document, indent=1) + "\n")
+        write_text(options.out, json.dumps(document, indent=1) + "\n")
     print(json.dumps(document))
 
 

@@ -225,11 +225,22 @@ def test_padding_never_leaks() -> None:
         (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True, False),
         (torch.AcceleratorError("CUDA error: out of memory"), True, False),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True, False),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), True, False),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory"), True, False),
+        (RuntimeError("std::bad_alloc"), True, False),
+        (MemoryError("Unable to allocate 1.00 PiB for an array"), True, False),
         (torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nSearch for …"), False, True),
         (torch.AcceleratorError("uncorrectable ECC error encountered"), False, True),
         (RuntimeError("CUDA error: unspecified launch failure"), False, True),
         (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), False, False),
     ],
 )
-def test_errors_of_the_device_are_told_apart(error: RuntimeError, memory: bool, lost: bool) -> None:
-    assert (is_out_of_memory(error), is_lost(error)) == (memory, lost)
+def test_errors_of_the_device_are_told_apart(error: RuntimeError | MemoryError, memory: bool, lost: bool) -> None:
+    assert is_out_of_memory(error) == memory
+    assert isinstance(error, MemoryError) or is_lost(error) == lost
+
+
+def test_a_cpu_without_enough_memory_is_recognised_by_what_it_really_says() -> None:
+    with pytest.raises(RuntimeError) as short:
+        torch.empty(1 << 50, dtype=torch.uint8)
+    assert is_out_of_memory(short.value)

@@ -163,7 +163,7 @@ def test_facts_are_what_latencies_depend_on() -> None:
 
 def test_workers_have_the_threads_they_were_given() -> None:
     engine = Engine(tiny_servable(), "cpu", threads=2)
-    assert engine._pool.submit(torch.get_num_threads).result() == 2
+    assert engine._crew.submit(lambda _: torch.get_num_threads()).future.result() == 2
     assert torch.get_num_threads() == 1, "other threads keep theirs"
     engine.close()
 
