@@ -1,20 +1,32 @@
-"""Everything a server can be told: the settings, what they may be, and the command line that sets them."""
+"""Everything a server can be told: the settings, what they may be, the command line and the file that set them.
+
+A setting has one name everywhere: ``max_queue`` here, ``--max-queue`` as a flag, ``max_queue`` or ``max-queue`` in a
+TOML file. What the command line says wins over the file, and the file over the defaults.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import os
 import re
-from collections.abc import Sequence
+import sys
+import tomllib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import slackfit
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be; names it and what is allowed."""
+    """Settings that cannot be; each of ``problems`` names one, and what is allowed."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,35 +34,47 @@ class Config:
     """All settings of a server; complete and checked before a socket or a device is touched."""
 
     profile: Path = Path(__file__).parent / "profiles" / "cifar10"
+    table_dir: Path | None = None
     host: str = "127.0.0.1"
     port: int = 8000
     device: str = "auto"
-    policy: str = "halfslo"
+    policy: str = "clearfit"
     workers: int = 1
     threads: int = 0
     memory_budget: str = "3x"
     margin: float = 0.3
     correction: bool = True
     max_queue: int = 1000
+    max_in_flight: int = 256
     default_slo_ms: float = 100.0
     max_slo_ms: float = 60_000.0
     max_body_bytes: int = 16 * 1024 * 1024
     max_pixels: int = 25_000_000
     autoprofile: bool = True
     drain_timeout_s: float = 30.0
+    hang_timeout_s: float = 5.0
     summary_s: float = 60.0
 
     def __post_init__(self) -> None:
         allowed = {
             "port": (0, 65535), "workers": (1, 64), "threads": (0, 1024), "margin": (0, 10),
-            "max_queue": (1, 1_000_000), "max_slo_ms": (1, 3_600_000), "default_slo_ms": (0.1, self.max_slo_ms),
+            "max_queue": (1, 1_000_000), "max_in_flight": (1, 1_000_000), "max_slo_ms": (1, 3_600_000),
+            "default_slo_ms": (0.1, self.max_slo_ms),
             "max_body_bytes": (1, 2**30), "max_pixels": (1, 2**30), "drain_timeout_s": (0, 3600),
+            "hang_timeout_s": (0.01, 3600),
             "summary_s": (0, 86_400),
         }  # fmt: skip
-        for name, (low, high) in allowed.items():
-            if not low <= getattr(self, name) <= high:
-                raise ConfigError(f"{name} must be between {low:g} and {high:g}, not {getattr(self, name):g}")
-        self.memory_budget_bytes(1)
+        problems = [
+            f"{name} must be between {low:g} and {high:g}, not {getattr(self, name):g}"
+            for name, (low, high) in allowed.items()
+            if not low <= getattr(self, name) <= high
+        ]
+        try:
+            self.memory_budget_bytes(1)
+        except ConfigError as error:
+            problems += error.problems
+        if problems:
+            raise ConfigError(*problems)
 
     @property
     def threads_per_worker(self) -> int:
@@ -69,48 +93,161 @@ class Config:
         return float(match[1]) if match[1] else float(match[2]) * weights_bytes
 
 
+# --------------------------------------------------------------------------------------------------- the file and flags
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """What the command line asks for: to serve with these settings, or only to check them."""
+
+    config: Config
+    check: bool = False
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> Command:
+    """The command that was given; exits with a message on bad usage and impossible settings.
+
+    The exit code is 2, and with ``--check`` 1 after a line for each problem.
+    """
+    parser = _parser()
+    namespace, unknown = parser.parse_known_args(arguments)
+    given = vars(namespace)
+    check, file = given.pop("check"), given.pop("config", None)
+    try:
+        if unknown:
+            raise ConfigError(f"unknown argument {unknown[0]}{_nearest(unknown[0], _FLAGS)}")
+        return Command(_config_from(file, given), check)
+    except ConfigError as error:
+        if not check:
+            parser.error(str(error))
+        for problem in error.problems:
+            print(f"error: {problem}")
+        sys.exit(1)
+
+
+def _config_from(file: Path | None, given: dict[str, Any]) -> Config:
+    """Defaults, overruled by the file's settings, overruled by the flags given; ConfigError has all that is wrong."""
+    problems: list[str] = []
+    settings = {} if file is None else read_settings(file, problems)
+    try:
+        config = Config(**(settings | given))
+    except ConfigError as error:
+        from_file = settings.keys() - given.keys()
+        problems += [f"{file}: {each}" if each.split()[0] in from_file else each for each in error.problems]
+    if problems:
+        raise ConfigError(*problems)
+    return config
+
+
+def read_settings(file: Path, problems: list[str]) -> dict[str, Any]:
+    """The settings of a TOML file that can be read; what cannot is added to ``problems``. Paths are relative to it."""
+    try:
+        document = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        problems.append(f"{file}: cannot be read: {error.strerror}")
+        return {}
+    except ValueError as error:
+        problems.append(f"{file}: not TOML: {error}")
+        return {}
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    settings: dict[str, Any] = {}
+    for key, value in document.items():
+        name = key.replace("-", "_")
+        if name not in fields:
+            problems.append(f"{file}: unknown key '{key}'{_nearest(name, fields)}")
+        elif name in settings:
+            problems.append(f"{file}: {key} is there twice, with - and with _")
+        elif wrong := _wrong_type(fields[name], value):
+            problems.append(f"{file}: {key} must be {wrong}, not {_toml_kind(value)}")
+        else:
+            settings[name] = file.parent / value if _is_path(fields[name]) else value
+    return settings
+
+
+def _wrong_type(field: dataclasses.Field[Any], value: object) -> str:
+    """What the value should be; empty if it is."""
+    if isinstance(field.default, bool):
+        return "" if isinstance(value, bool) else "true or false"
+    if isinstance(field.default, int):
+        return "" if type(value) is int else "a whole number"
+    if isinstance(field.default, float):
+        return "" if type(value) in (int, float) else "a number"
+    return "" if isinstance(value, str) else "a string"
+
+
+def _is_path(field: dataclasses.Field[Any]) -> bool:
+    return field.type in ("Path", "Path | None")
+
+
+def _toml_kind(value: object) -> str:
+    kinds = {bool: "true or false", dict: "a table", list: "an array", str: "a string"}
+    return kinds.get(type(value), str(value))
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """A hint at the known name that is most like this one, or at all of them."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, 1)
+    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(names)}"
+
+
 EPILOG = """\
 policies:
 {policies}
 
 examples:
-  superserve.py                                        serve the bundled CIFAR-10 supernet on 127.0.0.1:8000
-  superserve.py --profile profiles/digits --port 9000  serve another profile
-  superserve.py --policy fixed:largest                 always the most accurate subnet, for comparison
+  superserve                                       serve the bundled CIFAR-10 supernet on 127.0.0.1:8000
+  superserve --profile profiles/digits --port 9000 serve another profile
+  superserve --config /etc/superserve.toml --check say what would keep a server from starting, and exit with 1 or 0
+  superserve --policy fixed:largest                always the most accurate subnet, for comparison
   curl --data-binary @examples/cat.jpg 'http://127.0.0.1:8000/predict?slo_ms=50'
+
+In a checkout, python superserve.py is the same command. docs/operations.md tells when to change which option.
 """
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
-    """The configuration that the command line asks for; exits with a message on bad usage."""
-    default = Config()
+def _parser() -> argparse.ArgumentParser:
     policies = "\n".join(f"  {name:<18} {text}" for name, text in slackfit.POLICIES.items())
     parser = argparse.ArgumentParser(
-        prog="superserve.py",
+        prog="superserve",
         description="Serve a supernet over HTTP: every answer by its deadline, as accurate as the moment allows.",
         epilog=EPILOG.format(policies=policies),
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
     )
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE",
+        help="TOML file of settings named as these flags, without the dashes in front; flags win over it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--check", action="store_true", default=False,
+        help="check settings, profile, policy, device and latency table, print a line for each finding, and exit: "
+        "with 1 if a server could not start, else with 0",
+    )  # fmt: skip
     for field in dataclasses.fields(Config):
-        value = getattr(default, field.name)
-        flag = "--" + field.name.replace("_", "-")
-        if value is True:
-            negated = "--no-" + field.name.replace("_", "-")
-            parser.add_argument(negated, dest=field.name, action="store_false", help=_HELP[field.name])
-        else:
-            shown = _relative(value) if isinstance(value, Path) else value
-            text = f"{_HELP[field.name]} (default: {shown})"
-            parser.add_argument(
-                flag, type=type(value) if value is not None else str, default=value, help=text, metavar="X"
-            )
-    try:
-        return Config(**vars(parser.parse_args(arguments)))
-    except ConfigError as error:
-        parser.error(str(error))
+        _add_flag(parser, field)
+    return parser
+
+
+_FLAGS = ["--config", "--check", *("--" + field.name.replace("_", "-") for field in dataclasses.fields(Config))]
+
+
+def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]) -> None:
+    flag, text = "--" + field.name.replace("_", "-"), _HELP[field.name]
+    if isinstance(field.default, bool):
+        action = argparse.BooleanOptionalAction
+        parser.add_argument(flag, action=action, help=f"{text} (default: {'yes' if field.default else 'no'})")
+        return
+    kind = Path if _is_path(field) else type(field.default)
+    default: Any = "none" if field.default is None else field.default
+    shown = _relative(default) if isinstance(default, Path) else default
+    parser.add_argument(flag, type=kind, help=f"{text} (default: {shown})", metavar="X")
 
 
 _HELP = {
     "profile": "folder of the servable: supernet.json, weights, statistics, accuracies, latency tables",
+    "table_dir": "folder where latency tables that the server measures are kept; without it, the profile's",
     "host": "address to listen on",
     "port": "port to listen on; 0 takes a free one",
     "device": "auto, cpu, cuda or cuda:N; auto takes a GPU when there is one",
@@ -120,14 +257,17 @@ _HELP = {
     "memory_budget": "memory for subnets held ready to run fastest, beside the shared weights: bytes, or a multiple of "
     "the supernet's weights such as 2x; 0 holds none",
     "margin": "plan with latencies longer by this fraction than measured, for what cannot be foreseen",
-    "correction": "believe the latency table, rather than follow how much longer batches take at the moment",
+    "correction": "follow how much longer batches take at the moment, rather than believe the latency table",
     "max_queue": "waiting queries beyond which new ones get 429",
+    "max_in_flight": "unanswered queries of one /stream connection beyond which its new ones get 429",
     "default_slo_ms": "SLO of requests that state none, in milliseconds",
     "max_slo_ms": "longest SLO that a request may state, in milliseconds",
     "max_body_bytes": "largest request body",
     "max_pixels": "largest image, in pixels, that is decoded",
-    "autoprofile": "fail, rather than measure latencies, when no stored table fits this device",
+    "autoprofile": "measure latencies at the start when no stored table fits this device, rather than fail",
     "drain_timeout_s": "seconds that queued queries get to finish after SIGTERM or Ctrl-C",
+    "hang_timeout_s": "seconds after which a running batch counts as hung, but never less than ten times what was "
+    "planned for it",
     "summary_s": "seconds between summaries in the log; 0: none",
 }
 

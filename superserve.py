@@ -20,15 +20,14 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import gc
-import itertools
 import json
 import logging
 import math
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +38,29 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 import slackfit
+import startup
 from config import Config, ConfigError, parse_arguments
 from dispatcher import Answer, Batch, DeadlineHeap, Dispatcher, Query, ReplySlot
-from engine import Engine, EngineError, Outputs, measure_latencies
+from engine import DeviceLostError, EngineError, Outputs
 from profiletable import refuse_synthetic
-from servable import load_servable
+from servable import InputSpec, load_servable
 from slackfit import ProfileError, ProfileTable
+from startup import Finding, TableFile
 from supernet import SupernetError
-from web.errors import DeadlineExceeded, NotReady, TooLarge, json_errors, json_response
-from web.inputs import Limits, Parameters, check_array, decode, parse_parameters
+from web.bodies import read_body
+from web.errors import NotReady, ServeError, TooLarge, json_errors, json_response
+from web.inputs import INLINE_BODY_BYTES, INLINE_PIXELS, Limits, Parameters, check_array, decode, parse_parameters
+from web.live import Live, Page, add_live
+from web.metrics import Metrics, add_metrics
+from web.open_inference import OpenInference
+from web.openapi import add_openapi
+from web.state import State, version
+from web.statistics import Statistics
+from web.stream import StreamLimits, add_stream
+from workers import HungError, leave
 
 __all__ = [
-    "Answer", "Batch", "Config", "DeadlineHeap", "Dispatcher", "Prediction", "Query", "Reply", "ReplySlot",
+    "Answer", "Batch", "Config", "DeadlineHeap", "Dispatcher", "Pending", "Prediction", "Query", "Reply", "ReplySlot",
     "SuperServe", "main", "make_app",
 ]  # fmt: skip
 
@@ -62,10 +72,12 @@ def log_event(event: str, level: int = logging.INFO, cause: Exception | None = N
     log.log(level, event, exc_info=cause, extra={"fields": fields})
 
 
-PROFILED_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
-# Larger bodies and images are decoded on a thread, so that one photograph does not hold up the queries of others.
-INLINE_BODY_BYTES = 32 * 1024
-INLINE_PIXELS = 256 * 256
+# A batch that takes so many times as long as was planned for it hangs; see Config.hang_timeout_s.
+HANG_FACTOR = 10
+# The exit code when the device is lost: "try again" to a supervisor, who is to start a new process.
+EX_LOST = 75
+# What still reads or writes when the server has drained gets so long to end.
+LAST_WORDS_S = 3.0
 
 
 # ------------------------------------------------------------------------------------------------------------- serving
@@ -82,7 +94,10 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """The answer to one query: what was seen, by which subnet, how accurate that subnet is, and when."""
+    """The answer to one query: what was seen, by which subnet, how accurate that subnet is, and when.
+
+    ``predictions`` are the likeliest classes, ``probabilities`` those of all classes.
+    """
 
     predictions: tuple[Prediction, ...]
     subnet: str
@@ -92,6 +107,7 @@ class Reply:
     latency_s: float
     queue_s: float
     deadline_met: bool
+    probabilities: NDArray[np.float32] = field(compare=False, repr=False)
 
     def document(self) -> dict[str, Any]:
         """The JSON form, durations in milliseconds."""
@@ -110,6 +126,45 @@ class Reply:
         }
 
 
+@dataclass(slots=True, eq=False)
+class Pending:
+    """A query whose answer is announced by a call, so that no task waits for it; ``SuperServe.begin`` makes it."""
+
+    serve: SuperServe
+    announce: Callable[[Pending], object]
+    top_k: int
+    query: Query | None = None  # until collected or cancelled; it holds this as its reply slot
+    outcome: Answer | ServeError | None = None
+
+    def done(self) -> bool:
+        """Whether there is an answer or an error, or nobody who wants one any more."""
+        return self.outcome is not None or self.query is None
+
+    def set_result(self, result: Answer, /) -> None:
+        """Take the answer."""
+        self.outcome = result
+        self.announce(self)
+
+    def set_exception(self, exception: BaseException, /) -> None:
+        """Take the error."""
+        assert isinstance(exception, ServeError), "the dispatcher refuses with errors that clients are told"
+        self.outcome = exception
+        self.announce(self)
+
+    def collect(self) -> Reply | ServeError:
+        """What was announced, once; an answer is counted as in time or late by this moment."""
+        query, outcome, self.query = self.query, self.outcome, None
+        assert query is not None, "collected once"
+        assert outcome is not None, "collected after the announcement"
+        return outcome if isinstance(outcome, ServeError) else self.serve.answered(query, outcome, self.top_k)
+
+    def cancel(self) -> None:
+        """Free the query's place, whether announced or not; nothing is announced from here on."""
+        query, self.query = self.query, None
+        if query is not None and self.serve.dispatcher is not None:
+            self.serve.dispatcher.cancel(query)
+
+
 class SuperServe:
     """The server without HTTP: ``async with SuperServe("profiles/cifar10") as serve: await serve.infer(image)``.
 
@@ -123,20 +178,24 @@ class SuperServe:
         self.config = profile if isinstance(profile, Config) else Config(profile=Path(profile), **settings)
         self.clock = clock
         self.ready = False
+        self.on_lost: Callable[[], object] = lambda: None
         self._draining = False
         self._starting: asyncio.Task[None] | None = None
         refuse_synthetic(self.config.profile)
         self._servable = load_servable(self.config.profile)
         self._choices = slackfit.load_choices(self.config.profile)
-        self.engine = Engine(
-            self._servable,
-            self.config.device,
-            workers=self.config.workers,
-            threads=self.config.threads_per_worker,
-            memory_budget=self.config.memory_budget_bytes(self._servable.supernet.nbytes),
-        )
-        self._check_choices()
+        startup.check_policy(self.config.policy, self._choices, self.config.workers)
+        startup.check_statistics(self.config.profile, self._choices, self._servable)
+        self.engine = startup.start_engine(self.config, self._servable)
+        self._table_file = TableFile.of(self.config, self._choices, self.engine)
         self.dispatcher: Dispatcher | None = None
+        facts = self.engine.facts
+        self.about = {
+            "version": version(), "torch": facts.torch, "device": facts.name, "profile": self._servable.name,
+            "policy": self.config.policy,
+        }  # fmt: skip
+        self.statistics = Statistics()
+        self.metrics, self.live = Metrics(self.state, self.about), Live(self.clock, self._waiting)
         table = self._stored_table()
         if table is not None:
             self._use(table)
@@ -170,6 +229,14 @@ class SuperServe:
             self._starting = asyncio.create_task(self.start())
         return self._starting
 
+    @property
+    def lost(self) -> str | None:
+        """Why the device computes nothing more, so that this process should end; None while it does.
+
+        ``on_lost`` is called when that happens; all queries are refused from then on.
+        """
+        return self.engine.lost
+
     async def close(self) -> None:
         """Accept nothing more, finish what is queued (up to ``drain_timeout_s``), stop the engine."""
         self.ready, self._draining = False, True
@@ -178,7 +245,9 @@ class SuperServe:
             await asyncio.gather(self._starting, return_exceptions=True)
         if self.dispatcher is not None:
             await self._drain(self.dispatcher)
-        await asyncio.to_thread(self.engine.close)  # waits for what still runs; its queries are answered meanwhile
+        await asyncio.to_thread(self.engine.close)  # waits a while for what still runs; its queries are answered
+        if self._batches:
+            await asyncio.wait(self._batches, timeout=0.1)  # those that the engine left alone
 
     async def _drain(self, dispatcher: Dispatcher) -> None:
         self._pump()  # queries of this very turn of the event loop wait for their first pump
@@ -204,6 +273,21 @@ class SuperServe:
             return await self.submit(await self.decode(image, "image/*"), arrival_s, parameters)
         return await self.submit(check_array(image, self._servable.input), arrival_s, parameters)
 
+    @property
+    def name(self) -> str:
+        """The name of the model."""
+        return self._servable.name
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The labels, in the order of the probabilities."""
+        return self._servable.classes
+
+    @property
+    def input(self) -> InputSpec:
+        """The form of one network input."""
+        return self._servable.input
+
     def limits(self) -> Limits:
         """What parameters of a request may be; NotReady while there is no table."""
         return Limits(
@@ -213,41 +297,93 @@ class SuperServe:
             classes=len(self._servable.classes),
         )
 
+    def check_input(self, array: object) -> NDArray[Any]:
+        """An array that is one network input already; raises BadRequest for any other."""
+        return check_array(array, self._servable.input)
+
+    def decode_inline(self, body: bytes, content_type: str) -> NDArray[Any] | None:
+        """The network input in a request's body; None if decoding it would hold up other queries."""
+        if len(body) > INLINE_BODY_BYTES:
+            return None
+        try:
+            return decode(body, content_type, self._servable.input, min(INLINE_PIXELS, self.config.max_pixels))
+        except TooLarge:
+            return None  # a small file can hold a large image, which is then looked at again
+
     async def decode(self, body: bytes, content_type: str) -> NDArray[Any]:
         """The network input in a request's body; large ones are decoded on a thread."""
-        spec, max_pixels = self._servable.input, self.config.max_pixels
-        if len(body) <= INLINE_BODY_BYTES:
-            try:
-                return decode(body, content_type, spec, min(INLINE_PIXELS, max_pixels))
-            except TooLarge:
-                pass  # a small file can hold a large image, which is then looked at again
-        return await asyncio.to_thread(decode, body, content_type, spec, max_pixels)
+        decoded = self.decode_inline(body, content_type)
+        if decoded is not None:
+            return decoded
+        return await asyncio.to_thread(decode, body, content_type, self._servable.input, self.config.max_pixels)
 
     async def submit(self, input: NDArray[Any], arrival_s: float, parameters: Parameters) -> Reply:
         """Queue one decoded input and wait for its answer; cancelling frees its place."""
+        reply: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        query = self._enqueue(input, arrival_s, parameters, reply)
+        try:
+            answer = await reply
+        except asyncio.CancelledError:
+            assert self.dispatcher is not None, "it took the query"
+            self.dispatcher.cancel(query)
+            raise
+        return self.answered(query, answer, parameters.top_k)
+
+    def begin(
+        self, input: NDArray[Any], arrival_s: float, parameters: Parameters, announce: Callable[[Pending], object]
+    ) -> Pending:
+        """Queue one decoded input without waiting: ``announce`` is called once, when its reply can be collected.
+
+        It is called while a batch is being settled: it must be quick and must not raise. Raises what ``submit`` does.
+        """
+        pending = Pending(self, announce, parameters.top_k)
+        pending.query = self._enqueue(input, arrival_s, parameters, pending)
+        return pending
+
+    def _enqueue(self, input: NDArray[Any], arrival_s: float, parameters: Parameters, reply: ReplySlot) -> Query:
         dispatcher = self._open()
         if dispatcher.correct_table():
             slower = {name: round(factor, 3) for name, factor in dispatcher.applied.items() if factor > 1}
             log_event("table corrected", slower=slower, slowdown=round(dispatcher.slowdown, 3))
-        reply: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         query = Query(
             input=input, arrival_s=arrival_s, slo_s=parameters.slo_s, reply=reply,
             min_accuracy=parameters.min_accuracy, priority=parameters.priority,
         )  # fmt: skip
         dispatcher.submit(query)
         self._wake()
-        try:
-            answer = await reply
-        except asyncio.CancelledError:
-            dispatcher.cancel(query)
-            raise
-        return self._reply(query, answer, dispatcher.deliver(query, answer), parameters.top_k)
+        return query
+
+    def answered(self, query: Query, answer: Answer, top_k: int) -> Reply:
+        """The reply that goes to the client now; counted as in time or late by this moment."""
+        assert self.dispatcher is not None, "it took the query"
+        return self._reply(query, answer, self.dispatcher.deliver(query, answer), top_k)
 
     def profile_document(self) -> dict[str, object]:
         """What GET /profile answers."""
         dispatcher = self._open()
         corrections = dispatcher.corrections.factors(self.clock())
         return slackfit.table_document(dispatcher.measured, corrections, dispatcher.slowdown)
+
+    def _waiting(self) -> int:
+        return 0 if self.dispatcher is None else len(self.dispatcher.heap)
+
+    def state(self) -> State:
+        """What the server is doing now, for metrics and the live page."""
+        dispatcher, held = self.dispatcher, self.engine.held
+        return State(
+            ready=self.ready,
+            status="ready" if self.ready else self._why_not_ready(),
+            workers=self.config.workers if dispatcher is None else dispatcher.workers,
+            busy_workers=0 if dispatcher is None else dispatcher.workers - dispatcher.idle_workers,
+            queue_depth=self._waiting(),
+            queue_limit=self.config.max_queue,
+            oldest_age_s=0.0 if dispatcher is None else dispatcher.heap.oldest_age_s(self.clock()),
+            slowdown=1.0 if dispatcher is None else dispatcher.slowdown,
+            overhead_s=0.0 if dispatcher is None else dispatcher.overhead_s,
+            corrections={} if dispatcher is None else dispatcher.applied,
+            held_bytes=held.nbytes,
+            held_subnets=len(held.subnets),
+        )
 
     def _reply(self, query: Query, answer: Answer, now_s: float, top_k: int) -> Reply:
         row = answer.probabilities
@@ -263,6 +399,7 @@ class SuperServe:
             latency_s=now_s - query.arrival_s,
             queue_s=answer.started_s - query.arrival_s,
             deadline_met=now_s <= query.deadline_s,
+            probabilities=row,
         )
 
     def _open(self) -> Dispatcher:
@@ -271,6 +408,8 @@ class SuperServe:
         return self.dispatcher
 
     def _why_not_ready(self) -> str:
+        if self.lost is not None:
+            return "the device is lost"
         if self._draining:
             return "draining"
         starting = self._starting
@@ -287,14 +426,20 @@ class SuperServe:
         assert self.dispatcher is not None, "nothing wakes the pump before there is a dispatcher"
         self._pump_due = False
         self.dispatcher.expire()
-        while (batch := self.dispatcher.next_batch()) is not None:
-            # Submitted here and not in the task, which would begin only after what else this turn of the loop holds.
-            running = self.engine.run(batch.entry.name, [query.input for query in batch.queries])
-            task = asyncio.get_running_loop().create_task(self._finish(batch, running, self.dispatcher))
-            self._batches.add(task)
-            task.add_done_callback(self._batches.discard)
-        if self.dispatcher.heap and self.dispatcher.heap.head_deadline_s < self._expiry_s:
-            self._arm_expiry(self.dispatcher.heap.head_deadline_s)
+        try:
+            while (batch := self.dispatcher.next_batch()) is not None:
+                self._run(batch, self.dispatcher)
+        finally:  # a policy that fails must not keep queries from their answer at the deadline
+            if self.dispatcher.heap and self.dispatcher.heap.head_deadline_s < self._expiry_s:
+                self._arm_expiry(self.dispatcher.heap.head_deadline_s)
+
+    def _run(self, batch: Batch, dispatcher: Dispatcher) -> None:
+        limit_s = max(self.config.hang_timeout_s, HANG_FACTOR * dispatcher.planned_s(batch))
+        # Submitted here and not in the task, which would begin only after what else this turn of the loop holds.
+        running = self.engine.run(batch.entry.name, [query.input for query in batch.queries], limit_s)
+        task = asyncio.get_running_loop().create_task(self._finish(batch, running, dispatcher))
+        self._batches.add(task)
+        task.add_done_callback(self._batches.discard)
 
     def _arm_expiry(self, deadline_s: float) -> None:
         if self._expiry is not None:
@@ -313,14 +458,22 @@ class SuperServe:
             dispatcher.settle(batch, await running)
         except Exception as error:  # noqa: BLE001 the one broad except: it guards one batch
             log_event("batch failed", logging.ERROR, error, subnet=batch.entry.name, batch_size=len(batch.queries))
-            dispatcher.fail(batch, f"the batch could not be computed: {type(error).__name__}")
-        self._wake()
+            hung = isinstance(error, HungError)
+            why = f"it hung, {error}" if hung else type(error).__name__
+            gone = isinstance(error, HungError) and not error.replaced
+            dispatcher.fail(batch, f"the batch could not be computed: {why}", worker_gone=gone)
+            if self.lost is not None:
+                self._lose(dispatcher)
+        finally:
+            self._wake()
 
-    def _check_choices(self) -> None:
-        calibrated = {subnet.name for subnet in self._servable.supernet.statistics}
-        for choice in self._choices:
-            if choice.frontier and choice.name not in calibrated:
-                raise ProfileError(f"{self.config.profile}/choices.json: {choice.name} has no statistics in norms.npz")
+    def _lose(self, dispatcher: Dispatcher) -> None:
+        """Refuse whatever waits and whatever comes: nothing can be computed any more."""
+        dispatcher.abandon("the device is lost")
+        if self.ready:
+            self.ready = False
+            log_event("device lost", logging.ERROR, why=self.lost)
+            self.on_lost()
 
     def _use(self, table: ProfileTable) -> None:
         policy = slackfit.make_policy(self.config.policy, table, self.config.workers)
@@ -333,53 +486,26 @@ class SuperServe:
             margin=self.config.margin,
             correction=self.config.correction,
         )
-
-    def _table_path(self) -> tuple[Path, slackfit.Device]:
-        device = slackfit.Device(**dataclasses.asdict(self.engine.facts))
-        return self.config.profile / device.file_name, device
+        self.dispatcher.observers += [self.metrics, self.live, self.statistics]
 
     def _stored_table(self) -> ProfileTable | None:
         """The stored latency table for this device; None when it is to be measured."""
-        path, device = self._table_path()
-        missing = f"{path}: no latency table for this device"
-        if path.is_file():
-            try:
-                return slackfit.load_latencies(path, self._choices, device)
-            except slackfit.DeviceMismatch as error:
-                missing = str(error)
-        if not self.config.autoprofile:
-            raise ProfileError(f"{missing}; start without --no-autoprofile to measure one")
-        return None
+        try:
+            return self._table_file.load()
+        except slackfit.DeviceMismatch as error:
+            if not self.config.autoprofile:
+                raise ProfileError(f"{error}; start without --no-autoprofile to measure one") from None
+            return None
 
     async def _profile_device(self) -> ProfileTable:
-        path, device = self._table_path()
-        log_event("profiling", table=str(path), why="no stored table fits this device")
+        log_event("profiling", table=str(self._table_file.path), why="no stored table fits this device")
         names = [choice.name for choice in self._choices if choice.frontier]
-        latencies = await profile_latencies(self.engine, names, rounds=20)
+        latencies = await startup.profile_latencies(self.engine, names, rounds=20)
         try:
-            slackfit.save_latencies(path, device, PROFILED_BATCH_SIZES, latencies)
+            self._table_file.store(latencies)
         except OSError as error:
             log_event("table not stored", logging.WARNING, error=str(error))
-        return slackfit.build_table(self._choices, PROFILED_BATCH_SIZES, latencies, device)
-
-
-async def profile_latencies(engine: Engine, names: Sequence[str], rounds: int) -> dict[str, slackfit.Latencies]:
-    """Measure each subnet at PROFILED_BATCH_SIZES, with a progress bar on a terminal."""
-    steps = (rounds + 1) * len(names) * len(PROFILED_BATCH_SIZES)
-    with tqdm(total=steps, desc="profile", unit="batch", disable=None) as bar:
-        samples = await measure_latencies(engine, names, PROFILED_BATCH_SIZES, rounds, bar.update)
-    return {
-        name: slackfit.Latencies(
-            p50_s=_rising(np.percentile(each, 50) for each in sizes),
-            p99_s=_rising(np.percentile(each, 99) for each in sizes),
-        )
-        for name, sizes in samples.items()
-    }
-
-
-def _rising(latencies_s: Iterable[float]) -> tuple[float, ...]:
-    """Latencies by batch size, freed of the dips that noise makes: a larger batch takes no less time."""
-    return tuple(map(float, itertools.accumulate(latencies_s, max)))
+        return slackfit.build_table(self._choices, startup.PROFILED_BATCH_SIZES, latencies, self._table_file.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------- HTTP
@@ -392,14 +518,7 @@ async def handle_predict(request: web.Request) -> web.Response:
     serve = request.app[SERVE]
     arrival_s = serve.clock()
     parameters = parse_parameters(request.query, request.headers, serve.limits())
-    if request.client_max_size != serve.config.max_body_bytes:  # mounted in an application that has its own limit
-        request = request.clone(client_max_size=serve.config.max_body_bytes)
-    try:
-        async with asyncio.timeout(parameters.slo_s):
-            body = await request.read()
-    except TimeoutError:
-        message = "the deadline passed while the body was on its way"
-        raise DeadlineExceeded(message, slo_ms=round(parameters.slo_s * 1e3, 3)) from None
+    body = await read_body(request, parameters.slo_s, serve.config.max_body_bytes)
     decoded = await serve.decode(body, request.content_type)
     return json_response((await serve.submit(decoded, arrival_s, parameters)).document())
 
@@ -428,6 +547,12 @@ def make_app(config: Config) -> web.Application:
     app.router.add_get("/healthz", handle_healthz)
     app.router.add_get("/readyz", handle_readyz)
     app.router.add_get("/profile", handle_profile)
+    add_metrics(app, app[SERVE].metrics)
+    add_openapi(app, app[SERVE])
+    add_live(app, Page(app[SERVE].live, app[SERVE].state, app[SERVE].about))
+    limits = StreamLimits(config.max_in_flight, config.max_body_bytes, config.drain_timeout_s)
+    add_stream(app, app[SERVE], limits)
+    app.router.add_routes(OpenInference(app[SERVE]).routes())
     app.cleanup_ctx.append(_lifespan)
     return app
 
@@ -445,11 +570,12 @@ def _log_failure(starting: asyncio.Task[None]) -> None:
 
 
 async def serve_forever(config: Config) -> None:
-    """Serve HTTP until SIGTERM or Ctrl-C, then drain."""
+    """Serve HTTP until SIGTERM or Ctrl-C, then drain; raises DeviceLostError if the device was lost meanwhile."""
     app = make_app(config)
-    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=config.drain_timeout_s)
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=LAST_WORDS_S)
     await runner.setup()
     stop = asyncio.Event()
+    app[SERVE].on_lost = stop.set
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     try:
@@ -469,6 +595,8 @@ async def serve_forever(config: Config) -> None:
     finally:
         await runner.cleanup()
     log_event("stopped", **_outcomes(app[SERVE]))
+    if app[SERVE].lost is not None:
+        raise DeviceLostError(app[SERVE].lost)
 
 
 async def _until(stopping: asyncio.Task[Any], serve: SuperServe, summary_s: float) -> None:
@@ -500,9 +628,18 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, default=str)
 
 
+def report(findings: Sequence[Finding]) -> int:
+    """Print a line for each finding of ``--check``; the exit code."""
+    for finding in findings:
+        print(f"{finding.level}: {finding.text}")
+    return int(any(finding.level == "error" for finding in findings))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The server as a command."""
-    config = parse_arguments(arguments)
+    """The server as a command; exits with 0 after a drain, EX_LOST for a new process, 1 where that would not help."""
+    command = parse_arguments(arguments)
+    if command.check:
+        sys.exit(report(startup.check(command.config)))
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
@@ -510,9 +647,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.setswitchinterval(0.0005)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(serve_forever(config))
+            runner.run(serve_forever(command.config))
+    except (DeviceLostError, HungError) as error:
+        log_event("ended", logging.ERROR, why=str(error), exit_code=EX_LOST)
+        leave(EX_LOST)
     except (ConfigError, ProfileError, SupernetError, slackfit.PolicyError, EngineError, OSError) as error:
         sys.exit(f"superserve: {error}")
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import asyncio
 import io
+import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,16 +11,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from aiohttp.test_utils import TestServer
 from numpy.typing import NDArray
 from PIL import Image
 
 import slackfit
 from config import Config
-from engine import DeviceFacts, Engine, Outputs
+from engine import DeviceFacts, Engine, Held, Outputs
 from servable import InputSpec, create_servable, load_servable, save_servable
 from slackfit import Choice, Latencies, ProfileTable, build_table
 from supernet import SubnetSpace
-from superserve import Answer, Query, SuperServe
+from superserve import SERVE, Answer, Query, SuperServe, make_app
+from web.state import State
 
 CLASSES = ("ant", "bee", "cat", "dog", "elk")
 SIDE = 8
@@ -28,6 +32,10 @@ SIZES = (1, 2, 4, 8, 16)
 LATENCY_S = {SMALL: 0.001, LARGE: 0.004}
 # Long enough for any machine to answer in.
 PATIENT_MS = 30_000
+IDLE = State(
+    ready=True, status="ready", workers=1, busy_workers=0, queue_depth=0, queue_limit=1000, oldest_age_s=0, slowdown=1,
+    overhead_s=0, corrections={}, held_bytes=0, held_subnets=0,
+)  # fmt: skip
 
 
 class Clock:
@@ -111,8 +119,9 @@ class FakeEngine:
     rows: NDArray[np.float32] | None = None
     batches: list[tuple[str, int]] = field(default_factory=list)
     closed: bool = False
+    lost: str | None = None
 
-    async def run(self, name: str, inputs: Sequence[NDArray[Any]]) -> Outputs:
+    async def run(self, name: str, inputs: Sequence[NDArray[Any]], limit_s: float = math.inf) -> Outputs:
         self.batches.append((name, len(inputs)))
         if self.gate is not None:
             await self.gate.wait()
@@ -126,6 +135,10 @@ class FakeEngine:
 
     async def warm_up(self, names: Sequence[str], batch_sizes: Sequence[int], step: Callable[[], object]) -> None:
         pass
+
+    @property
+    def held(self) -> Held:
+        return Held(nbytes=0, subnets=(), pairs=())
 
     def close(self) -> None:
         self.closed = True
@@ -183,3 +196,36 @@ async def turns_until(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(30):
         while not condition():  # noqa: ASYNC110 what is waited for has no event
             await asyncio.sleep(0)
+
+
+class Served:
+    """A server on a thread of its own, for a client in another process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.url = ""
+        self._folder = folder
+        self._listening = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
+
+    async def _serve(self) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        app = make_app(config_of(self._folder))
+        async with TestServer(app) as server:
+            await app[SERVE].start_soon()
+            self.url = str(server.make_url("")).rstrip("/")
+            self._listening.set()
+            await self._stop.wait()
+
+    def __enter__(self) -> "Served":
+        self._thread.start()
+        assert self._listening.wait(60), "the server did not start"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Stop it, if it runs, and wait until it has stopped."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join(60)

@@ -204,8 +204,8 @@ def test_the_package_holds_every_module() -> None:
 
 
 def test_requirements_lie_in_the_ranges_of_the_package() -> None:
-    lowest = dict(re.findall(r"^([a-z]+)>=([\d.]+)", "\n".join(PROJECT["project"]["dependencies"]), re.MULTILINE))
-    pinned = dict(re.findall(r"^([a-z]+)==([\d.]+)", source_of(ROOT / "requirements.txt"), re.MULTILINE))
+    lowest = dict(re.findall(r"^([a-z-]+)>=([\d.]+)", "\n".join(PROJECT["project"]["dependencies"]), re.MULTILINE))
+    pinned = dict(re.findall(r"^([a-z-]+)==([\d.]+)", source_of(ROOT / "requirements.txt"), re.MULTILINE))
 
     def numbers(version: str) -> list[int]:
         return [int(part) for part in version.split(".")]

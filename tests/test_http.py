@@ -222,6 +222,8 @@ BAD: dict[str, tuple[str, str, bytes, dict[str, str], int, str]] = {
     "unknown parameter": ("POST", "/predict?slo=5", PIXELS.tobytes(), RAW, 400, "'slo'; known: min_accuracy"),
     "floor too high": ("POST", "/predict?min_accuracy=0.95", PIXELS.tobytes(), RAW, 400, "min_accuracy 0.95"),
     "empty body": ("POST", "/predict", b"", {}, 400, "empty body"),
+    "damaged gzip": ("POST", "/predict", b"no gzip", RAW | {"Content-Encoding": "gzip"}, 400, "cannot be read: .*gzip"),
+    "unknown encoding": ("POST", "/predict", b"x", RAW | {"Content-Encoding": "br"}, 501, "'br' .* known: gzip, defl"),
     "body too large": ("POST", "/predict", bytes(BODY_LIMIT + 1), RAW, 413, "larger than"),
     "not JSON": ("POST", "/predict", b"{", JSON, 400, "not JSON"),
     "deep JSON": ("POST", "/predict", b"[" * 100_000, JSON, 400, "not JSON"),
@@ -236,7 +238,7 @@ BAD: dict[str, tuple[str, str, bytes, dict[str, str], int, str]] = {
 }
 REASONS = {
     400: "bad_request", 404: "not_found", 405: "method_not_allowed", 413: "too_large", 415: "unsupported_media_type",
-    504: "deadline",
+    501: "unsupported_encoding", 504: "deadline",
 }  # fmt: skip
 
 

@@ -253,6 +253,15 @@ def test_json_pixels_are_whole_numbers_from_0_to_255(value: float) -> None:
         from_json(inputs)
 
 
+@pytest.mark.parametrize("value", [True, False, "1", "0.5"])
+@pytest.mark.parametrize("form", [PIXELS, PLANES], ids=["pixels", "planes"])
+def test_json_truths_and_texts_are_no_numbers(form: np.ndarray[Any, Any], value: object) -> None:
+    inputs = np.zeros(form.shape).tolist()
+    inputs[0][1][2] = value
+    with pytest.raises(BadRequest, match="not a tensor of numbers"):
+        from_json(inputs)
+
+
 @pytest.mark.parametrize("value", [None, float("nan"), 1e300, -1e39])
 def test_json_planes_are_finite(value: float) -> None:
     inputs = PLANES.tolist()

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from serving import LARGE, LARGE_ACCURACY, PATIENT_MS, SMALL, Clock, config_of, fake_engine, make_query, slot_of
 
 import slackfit
+import startup
 import superserve
 from dispatcher import SlowedQueue
 from engine import EngineError, Outputs
@@ -1138,9 +1139,9 @@ async def test_a_server_without_a_table_measures_and_stores_one(
         path.unlink()
     else:
         rewrite(path, lambda document: document["device"].update(torch="0.1"))
-    measure = superserve.profile_latencies
-    monkeypatch.setattr(superserve, "profile_latencies", lambda engine, names, rounds: measure(engine, names, rounds=1))
-    monkeypatch.setattr(superserve, "PROFILED_BATCH_SIZES", (1, 4))
+    measure = startup.profile_latencies
+    monkeypatch.setattr(startup, "profile_latencies", lambda engine, names, rounds: measure(engine, names, rounds=1))
+    monkeypatch.setattr(startup, "PROFILED_BATCH_SIZES", (1, 4))
     async with SuperServe(config_of(own)) as serve:
         assert (await serve.infer(INPUTS["pixels"])).deadline_met
         document = serve.profile_document()

@@ -3,8 +3,12 @@
 ServeError                500
 ├── BadRequest            400  a body, tensor, image or parameter that is not what was asked for
 ├── TooLarge              413  a body or image above the limit
+├── UnknownModel          404  a model, or a version of it, that is not served here
 ├── UnsupportedMedia      415  a content type that /predict does not read
 ├── QueueFull             429  no place in the queue; Retry-After
+├── TooManyInFlight       429  more unanswered queries on one /stream connection than it may have
+├── NotSupported          501  a part of the Open Inference Protocol that this server does without
+├── UnsupportedEncoding   501  a Content-Encoding that is not read; Accept-Encoding names those that are
 ├── NotReady              503  starting, draining, or the device is lost; Retry-After
 ├── DeadlineExceeded      504  the deadline passed, or cannot be met any more
 └── BatchFailed           500  the engine failed at the batch of this query
@@ -14,7 +18,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import ClassVar
 
 from aiohttp import web
@@ -27,6 +31,7 @@ class ServeError(Exception):
 
     status: ClassVar[int] = 500
     reason: ClassVar[str] = "internal"
+    headers: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, message: str, *, retry_after_s: int | None = None, **details: object) -> None:
         super().__init__(message)
@@ -46,6 +51,12 @@ class TooLarge(ServeError):
     status, reason = 413, "too_large"
 
 
+class UnknownModel(ServeError):
+    """A model, or a version of it, that is not served here."""
+
+    status, reason = 404, "unknown_model"
+
+
 class UnsupportedMedia(ServeError):
     """A content type that /predict does not read."""
 
@@ -56,6 +67,25 @@ class QueueFull(ServeError):
     """No place in the queue."""
 
     status, reason = 429, "queue_full"
+
+
+class TooManyInFlight(ServeError):
+    """More unanswered queries on one connection than it may have."""
+
+    status, reason = 429, "too_many_in_flight"
+
+
+class NotSupported(ServeError):
+    """A part of the Open Inference Protocol that this server does without."""
+
+    status, reason = 501, "not_supported"
+
+
+class UnsupportedEncoding(ServeError):
+    """A Content-Encoding that is not read."""
+
+    status, reason = 501, "unsupported_encoding"
+    headers = {"Accept-Encoding": "gzip, deflate"}  # noqa: RUF012 read only, as the base class says
 
 
 class NotReady(ServeError):
@@ -84,7 +114,9 @@ def json_response(document: object, status: int = 200, headers: dict[str, str] |
 
 def error_response(error: ServeError) -> web.Response:
     """The answer that tells a client of an error."""
-    headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+    headers = dict(error.headers)
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(error.retry_after_s)
     document = {"error": str(error), "reason": error.reason, **error.details}
     return json_response(document, error.status, headers)
 

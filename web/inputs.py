@@ -17,6 +17,10 @@ from PIL import Image
 
 from web.errors import BadRequest, TooLarge, UnsupportedMedia
 
+# Larger bodies and images are decoded on a thread, so that one photograph does not hold up the queries of others.
+INLINE_BODY_BYTES = 32 * 1024
+INLINE_PIXELS = 256 * 256
+
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 # Pillow warns of large images, which are refused below before they are decoded, and of damaged EXIF data.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -78,17 +82,17 @@ def parse_parameters(query: Mapping[str, str], headers: Mapping[str, str], limit
     given = {name: query.get(name, headers.get(header)) for name, header in _PARAMETERS.items()}
     if given["slo_ms"] is None:
         given["slo_ms"] = headers.get("X-Envoy-Expected-Rq-Timeout-Ms")
-    slo_ms = _number("slo_ms", given["slo_ms"], limits.default_slo_s * 1e3, 0, limits.longest_slo_s * 1e3)
+    slo_ms = number("slo_ms", given["slo_ms"], limits.default_slo_s * 1e3, 0, limits.longest_slo_s * 1e3)
     if slo_ms <= 0:
         raise BadRequest("slo_ms must be above 0")
-    min_accuracy = _number("min_accuracy", given["min_accuracy"], 0.0, 0, 1)
+    min_accuracy = number("min_accuracy", given["min_accuracy"], 0.0, 0, 1)
     if min_accuracy > limits.best_accuracy:
         raise BadRequest(f"min_accuracy {min_accuracy:g} is above the most accurate subnet, {limits.best_accuracy:.4f}")
     return Parameters(
         slo_s=slo_ms / 1e3,
         min_accuracy=min_accuracy,
-        priority=_integer("priority", given["priority"], 0, 0, 100),
-        top_k=_integer("top_k", given["top_k"], 1, 1, limits.classes),
+        priority=whole_number("priority", given["priority"], 0, 0, 100),
+        top_k=whole_number("top_k", given["top_k"], 1, 1, limits.classes),
     )
 
 
@@ -100,7 +104,8 @@ _PARAMETERS = {
 }
 
 
-def _number(name: str, text: str | None, default: float, low: float, high: float) -> float:
+def number(name: str, text: str | None, default: float, low: float, high: float) -> float:
+    """The number that a parameter's text says, ``default`` if there is none; BadRequest outside of the limits."""
     if text is None:
         return default
     try:
@@ -112,8 +117,9 @@ def _number(name: str, text: str | None, default: float, low: float, high: float
     return value
 
 
-def _integer(name: str, text: str | None, default: int, low: int, high: int) -> int:
-    value = _number(name, text, default, low, high)
+def whole_number(name: str, text: str | None, default: int, low: int, high: int) -> int:
+    """As ``number``, without fractions."""
+    value = number(name, text, default, low, high)
     if value != int(value):
         raise BadRequest(f"{name} must be a whole number, not {value:g}")
     return int(value)
@@ -228,6 +234,8 @@ def _from_json(body: bytes, shape: ImageShape) -> NDArray[Any]:
     except (ValueError, TypeError, OverflowError) as error:
         raise BadRequest(f'"inputs" is not a tensor of numbers: {error}') from error
     pixels, planes = (shape.height, shape.width, shape.channels), (shape.channels, shape.height, shape.width)
+    if tensor.shape in (planes, pixels) and not _only_numbers(document["inputs"]):
+        raise BadRequest('"inputs" is not a tensor of numbers: true, false and texts are none')
     if tensor.shape == planes:
         return _checked(tensor)
     if tensor.shape != pixels:
@@ -235,3 +243,9 @@ def _from_json(body: bytes, shape: ImageShape) -> NDArray[Any]:
     if not ((tensor >= 0) & (tensor <= 255) & (tensor == np.floor(tensor))).all():
         raise BadRequest('"inputs" are pixels and must be whole numbers between 0 and 255')
     return tensor.astype(np.uint8)
+
+
+def _only_numbers(nested: list[Any]) -> bool:
+    """Whether lists in lists hold numbers or null, which is none and told so later; numpy would also convert others."""
+    kinds = set(map(type, nested))
+    return kinds <= {int, float, type(None)} or (kinds == {list} and all(map(_only_numbers, nested)))

@@ -1,0 +1,164 @@
+"""What a start needs is found missing before it takes long; ``--check`` finds all of it and touches nothing."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import serving
+from conftest import choice
+from serving import LARGE, SMALL, config_of, latencies
+
+import slackfit
+import startup
+import superserve
+from config import Config
+from slackfit import DeviceMismatch, Latencies, PolicyError
+from startup import Finding, TableFile, check, check_policy
+from superserve import SuperServe
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny servable with a latency table for this device, not to be changed."""
+    return serving.write_servable(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def own(profile: Path, tmp_path: Path) -> Path:
+    """A copy of the profile, to be changed."""
+    return Path(shutil.copytree(profile, tmp_path / "own"))
+
+
+def table_of(folder: Path) -> Path:
+    (path,) = folder.glob("latency-*.json")
+    return path
+
+
+def damage(path: Path) -> None:
+    document = json.loads(path.read_text())
+    document["latencies"][LARGE]["p99_ms"][0] = -1
+    path.write_text(json.dumps(document))
+
+
+def of_another_device(path: Path) -> None:
+    document = json.loads(path.read_text())
+    document["device"]["torch"] = "0.1"
+    path.write_text(json.dumps(document))
+
+
+# ------------------------------------------------------------------------------------------------------------- policies
+
+
+POLICIES = [name for name in slackfit.POLICIES if name not in ("slackfit:K", "fixed:SUBNET")]
+WITH_ARGUMENTS = ["slackfit:4", "fixed:largest", "fixed:smallest", f"fixed:{SMALL}", f"fixed:{LARGE}"]
+
+
+@pytest.mark.parametrize("spec", POLICIES + WITH_ARGUMENTS)
+def test_every_policy_there_is_passes_before_there_is_a_table(spec: str) -> None:
+    check_policy(spec, serving.choices(), workers=2)
+
+
+@pytest.mark.parametrize("name", ["e1", "e2", "e3"])
+def test_a_subnet_as_accurate_as_another_is_known_too(name: str) -> None:
+    check_policy(f"fixed:{name}", [choice("e1", 0.5), choice("e2", 0.5), choice("e3", 0.5)], workers=1)
+
+
+@pytest.mark.parametrize("spec", ["random", "slackfit:0", "fixed:d9", "fixed:", ""])
+def test_a_policy_that_is_none_is_named_before_any_profiling(spec: str, own: Path) -> None:
+    table_of(own).unlink()
+    with pytest.raises(PolicyError, match=f"^(no policy '{spec}': there are|{spec}: .*{LARGE}, or largest, smallest)"):
+        SuperServe(config_of(own, policy=spec))
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+
+def test_a_table_is_found_in_the_table_folder_then_in_the_profile(own: Path, tmp_path: Path) -> None:
+    config = config_of(own, table_dir=tmp_path / "new" / "tables", autoprofile=False)
+    assert SuperServe(config).dispatcher is not None  # from the profile
+    file = table_file(config)
+    assert file.path.parent == config.table_dir
+    flat_s = (0.001,) * len(startup.PROFILED_BATCH_SIZES)
+    file.store(dict.fromkeys(latencies(), Latencies(p50_s=flat_s, p99_s=flat_s)))
+    assert file.load().batch_sizes == startup.PROFILED_BATCH_SIZES  # from the table folder
+    of_another_device(file.path)
+    assert file.load().batch_sizes == serving.SIZES  # from the profile again
+    of_another_device(table_of(own))
+    with pytest.raises(DeviceMismatch, match=str(own)):
+        file.load()
+
+
+def table_file(config: Config) -> TableFile:
+    serve = SuperServe(config)
+    serve.engine.close()
+    return TableFile.of(config, serving.choices(), serve.engine)
+
+
+# ---------------------------------------------------------------------------------------------------------------- check
+
+
+def test_what_is_well_is_one_line(profile: Path) -> None:
+    (finding,) = check(config_of(profile))
+    assert finding.level == "ok"
+    assert str(profile) in finding.text
+    assert "1 threads x 1 workers: a latency table fits" in finding.text
+
+
+FAULTS: dict[str, tuple[Callable[[Path], object], dict[str, object], list[tuple[str, str]]]] = {
+    # name: what is done to the profile, settings, level and text of each finding
+    "policy": (lambda own: None, {"policy": "random"}, [("error", "no policy 'random'"), ("ok", "a latency table")]),
+    "device": (lambda own: None, {"device": "tpu"}, [("error", "unknown device 'tpu'")]),
+    "no profile": (shutil.rmtree, {}, [("error", r"supernet\.json"), ("error", r"choices\.json")]),
+    "weights": (lambda own: (own / "weights.npz").write_bytes(b"PK"), {}, [("error", r"weights\.npz")]),
+    "choices": (lambda own: (own / "choices.json").write_text("{}"), {}, [("error", r"choices\.json")]),
+    "no table": (lambda own: table_of(own).unlink(), {}, [("warning", "no latency table .*; the start will measure")]),
+    "no table, and none to be measured": (
+        lambda own: table_of(own).unlink(), {"autoprofile": False}, [("error", "start without --no-autoprofile")],
+    ),
+    "table of another device": (lambda own: of_another_device(table_of(own)), {}, [("warning", "torch")]),
+    "damaged table": (lambda own: damage(table_of(own)), {}, [("error", rf"latencies\.{LARGE}\.p99_ms")]),
+    "several": (
+        lambda own: table_of(own).unlink(), {"policy": "fixed:x", "autoprofile": False},
+        [("error", "fixed:x"), ("error", "no latency table")],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_each_fault_is_found_and_named(own: Path, name: str) -> None:
+    harm, settings, expected = FAULTS[name]
+    harm(own)
+    before = sorted(own.rglob("*"))
+    findings = check(config_of(own, **settings))
+    assert [finding.level for finding in findings] == [level for level, _ in expected], findings
+    for finding, (_, named) in zip(findings, expected, strict=True):
+        assert re.search(named, finding.text)
+        assert "\n" not in finding.text
+    assert sorted(own.rglob("*")) == before
+
+
+def test_a_profile_for_simulation_only_is_no_profile_to_serve() -> None:
+    findings = check(Config(profile=Path(startup.__file__).parent / "profiles" / "paper-ofa-resnet50"))
+    assert findings[0].level == "error"
+    assert "synthetic" in findings[0].text
+
+
+@pytest.mark.parametrize(
+    ("levels", "code"), [(["ok"], 0), (["warning"], 0), (["error"], 1), (["error", "ok"], 1), ([], 0)]
+)
+def test_the_exit_code_is_1_if_a_server_could_not_start(
+    levels: list[str], code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert superserve.report([Finding(level, "this") for level in levels]) == code
+    assert capsys.readouterr().out == "".join(f"{level}: this\n" for level in levels)
+
+
+def test_the_command_checks_and_exits(profile: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, code, line in (([], 0, "ok: "), (["--policy", "x"], 1, "error: no policy 'x'")):
+        with pytest.raises(SystemExit) as exit:
+            superserve.main(["--check", "--profile", str(profile), "--device", "cpu", "--threads", "1", *arguments])
+        assert exit.value.code == code
+        assert capsys.readouterr().out.startswith(line)

@@ -1,0 +1,235 @@
+"""The body of an Open Inference Protocol infer request: read and checked as a whole, into rows and wishes.
+
+One input, ``input``, in one of three forms: UINT8 [rows, height, width, channels], pixels; FP32 (FP16, BF16) [rows,
+channels, height, width], normalised; BYTES [rows], encoded images. Each row is one query.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from numpy.typing import NDArray
+
+from web.errors import BadRequest, ServeError
+from web.inputs import INLINE_PIXELS, ImageShape, check_array, decode, whole_number
+from web.tensors import (
+    TensorForm,
+    brief,
+    bytes_from_binary,
+    numbers_from_binary,
+    numbers_from_json,
+    read_form,
+    split_body,
+)
+
+INPUT, OUTPUT = "input", "probabilities"
+# What a request of many rows may cost before the queries of others get their turn.
+MOST_ROWS = 64
+PRIORITIES = 101
+
+_REQUEST = ("id", "model_name", "model_version", "parameters", "inputs", "outputs")
+_PARAMETERS = ("slo_ms", "timeout", "priority", "min_accuracy", "binary_data_output")
+_NORMALISED = ("FP32", "FP16", "BF16")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelForm:
+    """What the body of a request must fit."""
+
+    name: str
+    version: str
+    input: ImageShape
+    most_rows: int
+    max_pixels: int
+    longest_slo_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InferRequest:
+    """What a client asks: ``texts`` are its parameters as ``parse_parameters`` reads them.
+
+    ``classification`` is how many classes per row are to be named; 0 asks for all probabilities.
+    """
+
+    id: str | None
+    texts: Mapping[str, str]
+    rows: tuple[NDArray[Any], ...]
+    binary: bool
+    classification: int
+
+
+def read_infer_request(body: bytes, header_length: str | None, form: ModelForm, *, inline: bool) -> InferRequest:
+    """Read a body; with ``inline``, raises TooLarge for images that would take long. Raises a ServeError."""
+    if header_length == "0":
+        return _read_raw(body, form, inline)
+    parts = split_body(body, header_length)
+    try:
+        document = json.loads(bytes(parts.header))
+    except (ValueError, RecursionError) as error:
+        hint = "binary data need the header Inference-Header-Content-Length"
+        raise BadRequest(f"the request is not JSON ({error}); {hint}") from error
+    request = _members(document, "the request", _REQUEST)
+    _check_model(request, form)
+    parameters = _members(request.get("parameters", {}), "parameters", _PARAMETERS)
+    output = _read_output(request.get("outputs"))
+    binary_by_default = _flag(parameters, "binary_data_output", False)
+    return InferRequest(
+        id=_text(request.get("id"), "id"),
+        texts=_texts(parameters, form.longest_slo_s),
+        rows=_read_rows(request.get("inputs"), parts.binary, form, inline),
+        binary=_flag(output, "binary_data", binary_by_default),
+        classification=_classes(output),
+    )
+
+
+def _read_raw(body: bytes, form: ModelForm, inline: bool) -> InferRequest:
+    """A body that is one input and nothing else, in any form that /predict reads; answered in binary."""
+    row = decode(body, "application/octet-stream", form.input, _max_pixels(form, 1, inline))
+    return InferRequest(id=None, texts={}, rows=(row,), binary=True, classification=0)
+
+
+# ------------------------------------------------------------------------------------------------- members, parameters
+
+
+def _members(value: object, where: str, known: Iterable[str]) -> dict[str, Any]:
+    """An object with none but known members."""
+    if not isinstance(value, dict):
+        raise BadRequest(f"{where} must be an object, not {brief(value)}")
+    for name in value:
+        if name.startswith(("sequence_", "triton_", "shared_memory_")):
+            raise BadRequest(f"'{name:.40}' in {where}: sequences, triton_* and shared memory are not supported")
+        if name not in known:
+            raise BadRequest(f"unknown '{name:.40}' in {where}; known: {', '.join(known)}")
+    return value
+
+
+def _text(value: object, name: str) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise BadRequest(f"{name} must be a string, not {brief(value)}")
+    return value
+
+
+def _flag(parameters: Mapping[str, Any], name: str, default: bool) -> bool:
+    value = parameters.get(name, default)
+    if not isinstance(value, bool):
+        raise BadRequest(f"{name} must be true or false, not {brief(value)}")
+    return value
+
+
+def _check_model(request: Mapping[str, Any], form: ModelForm) -> None:
+    for name, expected in (("model_name", form.name), ("model_version", form.version)):
+        if _text(request.get(name), name) not in (None, "", expected):
+            raise BadRequest(f"{name} is {brief(request[name])}, but the request was sent to '{expected}'")
+
+
+def _texts(parameters: Mapping[str, Any], longest_slo_s: float) -> dict[str, str]:
+    """Parameters by the names, in the units and with the meaning that /predict gives them."""
+    texts = {name: _number_text(name, value) for name, value in parameters.items() if name != "binary_data_output"}
+    if "priority" in texts:  # 0 is the default; 1 is the most urgent here, and the least above 0 there
+        level = whole_number("priority", texts["priority"], 0, 0, PRIORITIES)
+        texts["priority"] = str(PRIORITIES - level if level else 0)
+    if "timeout" in texts:
+        timeout_us = whole_number("timeout", texts.pop("timeout"), 0, 1, round(longest_slo_s * 1e6))
+        slo_ms = repr(timeout_us / 1e3)
+        if float(texts.setdefault("slo_ms", slo_ms)) != float(slo_ms):
+            raise BadRequest(f"slo_ms is {texts['slo_ms']}, but timeout says {slo_ms} ms; give one of them")
+    return texts
+
+
+def _number_text(name: str, value: object) -> str:
+    if type(value) not in (int, float):
+        raise BadRequest(f"{name} must be a number, not {brief(value)}")
+    return repr(value)
+
+
+# ------------------------------------------------------------------------------------------------------ output, input
+
+
+def _read_output(outputs: object) -> dict[str, Any]:
+    """The parameters of the one output that can be asked for; it is also what is sent when none is."""
+    if outputs is None or outputs == []:
+        return {}
+    if not isinstance(outputs, list):
+        raise BadRequest(f"outputs must be a list, not {brief(outputs)}")
+    for output in outputs:
+        name = _members(output, "outputs", ("name", "parameters")).get("name")
+        if name != OUTPUT:
+            raise BadRequest(f"unknown output {brief(name)}; known: {OUTPUT}")
+    if len(outputs) > 1:
+        raise BadRequest(f"the output '{OUTPUT}' is asked for {len(outputs)} times")
+    return _members(outputs[0].get("parameters", {}), f"parameters of '{OUTPUT}'", ("binary_data", "classification"))
+
+
+def _classes(output: Mapping[str, Any]) -> int:
+    if "classification" not in output:
+        return 0
+    text = _number_text("classification", output["classification"])
+    return whole_number("classification", text, 0, 1, 2**31)
+
+
+def _read_rows(inputs: object, binary: memoryview, form: ModelForm, inline: bool) -> tuple[NDArray[Any], ...]:
+    if not isinstance(inputs, list) or len(inputs) != 1:
+        found = f"{len(inputs)} of them" if isinstance(inputs, list) else brief(inputs)
+        raise BadRequest(f"inputs must be a list of the one input '{INPUT}', not {found}")
+    members = _members(inputs[0], "inputs", ("name", "shape", "datatype", "parameters", "data"))
+    tensor = read_form(members)
+    if tensor.name != INPUT:
+        raise BadRequest(f"unknown input '{tensor.name:.40}'; known: {INPUT}")
+    _check_form(tensor, form)
+    parameters = _members(members.get("parameters", {}), f"parameters of '{INPUT}'", ("binary_data_size",))
+    if "binary_data_size" not in parameters:
+        if len(binary):
+            raise BadRequest(f"{len(binary)} bytes of binary data, but no input has a binary_data_size")
+        return _rows_of_json(tensor, members.get("data"), form)
+    if "data" in members:
+        raise BadRequest(f"'{INPUT}' has both data and binary_data_size")
+    size = parameters["binary_data_size"]
+    if type(size) is not int or size != len(binary):
+        raise BadRequest(f"binary_data_size of '{INPUT}' is {brief(size)}; {len(binary)} bytes were sent")
+    return _rows_of_binary(tensor, binary, form, inline)
+
+
+def _check_form(tensor: TensorForm, form: ModelForm) -> None:
+    height, width, channels = form.input.height, form.input.width, form.input.channels
+    shapes = {"UINT8": (height, width, channels), **dict.fromkeys(_NORMALISED, (channels, height, width)), "BYTES": ()}
+    if tensor.datatype not in shapes:
+        raise BadRequest(f"'{INPUT}' cannot be {tensor.datatype}; accepted: {', '.join(shapes)}")
+    if not tensor.shape or tensor.shape[1:] != shapes[tensor.datatype]:
+        expected = [-1, *shapes[tensor.datatype]]
+        raise BadRequest(f"{tensor.describe()} does not fit; expected {expected}, -1 being the number of rows")
+    if not 1 <= tensor.shape[0] <= form.most_rows:
+        raise BadRequest(f"a request has 1 to {form.most_rows} rows, not {tensor.shape[0]}")
+
+
+def _rows_of_json(tensor: TensorForm, data: object, form: ModelForm) -> tuple[NDArray[Any], ...]:
+    if data is None:
+        raise BadRequest(f"'{INPUT}' has neither data nor binary_data_size")
+    if tensor.datatype == "BYTES":
+        raise BadRequest(f"{tensor.describe()}: encoded images are sent as binary data; JSON strings hold text")
+    return _each_row(lambda row: check_array(row, form.input), numbers_from_json(tensor, data))
+
+
+def _rows_of_binary(tensor: TensorForm, data: memoryview, form: ModelForm, inline: bool) -> tuple[NDArray[Any], ...]:
+    if tensor.datatype != "BYTES":
+        return _each_row(lambda row: check_array(row, form.input), numbers_from_binary(tensor, data))
+    images, max_pixels = bytes_from_binary(tensor, data), _max_pixels(form, tensor.shape[0], inline)
+    return _each_row(lambda image: decode(image, "image/*", form.input, max_pixels), images)
+
+
+def _max_pixels(form: ModelForm, rows: int, inline: bool) -> int:
+    return min(INLINE_PIXELS // rows, form.max_pixels) if inline else form.max_pixels
+
+
+def _each_row(make: Callable[[T], NDArray[Any]], values: Iterable[T]) -> tuple[NDArray[Any], ...]:
+    rows = []
+    for index, value in enumerate(values):
+        try:
+            rows.append(make(value))
+        except ServeError as error:
+            raise type(error)(f"row {index} of '{INPUT}': {error}") from error
+    return tuple(rows)
