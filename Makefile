@@ -18,7 +18,7 @@ PIP_INSTALL = if [ -t 1 ]; then quiet=; else quiet=-qq; fi; $(PY) -m pip install
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve setup dev test check bench clean
+.PHONY: help serve setup dev extras test check bench clean
 
 help:  ## list these verbs
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r verb what; do \
@@ -32,6 +32,10 @@ setup: $(RUN_TOOLS)  ## make the environment in .venv, without starting anything
 
 dev: $(DEV_TOOLS)  ## make the environment with the tools for training, testing and plotting
 	@echo "ready: $(VENV)"
+
+extras: $(DEV_TOOLS)  ## install what some tests are skipped without: Chromium, perf_analyzer (on Debian, as root)
+	@apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium libb64-0d >/dev/null
+	@$(PY) scripts/fetch_perf_analyzer.py
 
 test: $(DEV_TOOLS)  ## run the tests (ARGS='-m "not slow"' leaves out the slow ones)
 	@$(PY) -m pytest $(ARGS)
