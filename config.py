@@ -45,9 +45,21 @@ class Config:
     margin: float = 0.3
     correction: bool = True
     max_queue: int = 1000
+    max_queue_bytes: int = 256 * 1024 * 1024
     max_in_flight: int = 256
     default_slo_ms: float = 100.0
     max_slo_ms: float = 60_000.0
+    api_key_file: Path | None = None
+    open_metrics: bool = False
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    allow_origin: str = ""
+    max_connections: int = 1000
+    max_header_bytes: int = 8192
+    max_upload_bytes: int = 256 * 1024 * 1024
+    header_timeout_s: float = 10.0
+    body_timeout_s: float = 30.0
+    idle_timeout_s: float = 75.0
     max_body_bytes: int = 16 * 1024 * 1024
     max_pixels: int = 25_000_000
     autoprofile: bool = True
@@ -58,8 +70,10 @@ class Config:
     def __post_init__(self) -> None:
         allowed = {
             "port": (0, 65535), "workers": (1, 64), "threads": (0, 1024), "margin": (0, 10),
-            "max_queue": (1, 1_000_000), "max_in_flight": (1, 1_000_000), "max_slo_ms": (1, 3_600_000),
-            "default_slo_ms": (0.1, self.max_slo_ms),
+            "max_queue": (1, 1_000_000), "max_queue_bytes": (1, 2**40), "max_in_flight": (1, 1_000_000),
+            "max_slo_ms": (1, 3_600_000), "default_slo_ms": (0.1, self.max_slo_ms),
+            "max_connections": (1, 1_000_000), "max_header_bytes": (256, 2**20), "max_upload_bytes": (1, 2**40),
+            "header_timeout_s": (0.01, 3600), "body_timeout_s": (0.01, 3600), "idle_timeout_s": (0.01, 86_400),
             "max_body_bytes": (1, 2**30), "max_pixels": (1, 2**30), "drain_timeout_s": (0, 3600),
             "hang_timeout_s": (0.01, 3600),
             "summary_s": (0, 86_400),
@@ -69,10 +83,14 @@ class Config:
             for name, (low, high) in allowed.items()
             if not low <= getattr(self, name) <= high
         ]
-        try:
-            self.memory_budget_bytes(1)
-        except ConfigError as error:
-            problems += error.problems
+        for parse in (lambda: self.memory_budget_bytes(1), lambda: self.origins):
+            try:
+                parse()
+            except ConfigError as error:
+                problems += error.problems
+        for name, other in (("tls_cert", "tls_key"), ("tls_key", "tls_cert")):
+            if getattr(self, name) is None and getattr(self, other) is not None:
+                problems.append(f"{name} must be given as well where {other} is")
         if problems:
             raise ConfigError(*problems)
 
@@ -81,6 +99,16 @@ class Config:
         """CPU threads of a worker: those asked for, or all cores but the one that serves HTTP, shared fairly."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return self.threads or max(1, (cores - 1) // self.workers)
+
+    @property
+    def origins(self) -> frozenset[str]:
+        """The origins in ``allow_origin``, in small letters as browsers send them."""
+        found = [each.strip().lower() for each in self.allow_origin.split(",") if each.strip()]
+        for each in found:
+            if each != "*" and re.fullmatch(r"https?://([a-z0-9.-]+|\[[0-9a-f:.]+\])(:\d{1,5})?", each) is None:
+                examples = "origins such as https://example.com, with commas between, or *"
+                raise ConfigError(f"allow_origin must be {examples}; not '{each:.60}'")
+        return frozenset(found)
 
     def memory_budget_bytes(self, weights_bytes: int) -> float:
         """The memory budget for a supernet whose weights take so many bytes."""
@@ -240,7 +268,7 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]) ->
         parser.add_argument(flag, action=action, help=f"{text} (default: {'yes' if field.default else 'no'})")
         return
     kind = Path if _is_path(field) else type(field.default)
-    default: Any = "none" if field.default is None else field.default
+    default: Any = "none" if field.default in (None, "") else field.default
     shown = _relative(default) if isinstance(default, Path) else default
     parser.add_argument(flag, type=kind, help=f"{text} (default: {shown})", metavar="X")
 
@@ -259,11 +287,24 @@ _HELP = {
     "margin": "plan with latencies longer by this fraction than measured, for what cannot be foreseen",
     "correction": "follow how much longer batches take at the moment, rather than believe the latency table",
     "max_queue": "waiting queries beyond which new ones get 429",
+    "max_queue_bytes": "bytes that the inputs of waiting queries may take; beyond it, new ones get 429",
     "max_in_flight": "unanswered queries of one /stream connection beyond which its new ones get 429",
     "default_slo_ms": "SLO of requests that state none, in milliseconds",
     "max_slo_ms": "longest SLO that a request may state, in milliseconds",
+    "api_key_file": "file of API keys, one a line; with it, all requests need one but those for health and the page's "
+    "files",
+    "open_metrics": "answer /metrics without a key",
+    "tls_cert": "PEM file of the certificate, and those that vouch for it; with it, HTTPS is spoken",
+    "tls_key": "PEM file of the certificate's private key",
+    "allow_origin": "origins, with commas between, whose pages may use this server from a browser; * allows all",
+    "max_connections": "open connections beyond which new ones get 503 and are closed",
+    "max_header_bytes": "longest request line and longest header",
+    "max_upload_bytes": "bytes of request bodies that are held at a time, all together; beyond it, 503",
+    "header_timeout_s": "seconds that a request's head may take to arrive, and a TLS handshake",
+    "body_timeout_s": "seconds that a body may take to arrive, and a client may take to read what it was sent",
+    "idle_timeout_s": "seconds after which a connection without a request is closed",
     "max_body_bytes": "largest request body",
-    "max_pixels": "largest image, in pixels, that is decoded",
+    "max_pixels": "most pixels of images that are decoded for one request",
     "autoprofile": "measure latencies at the start when no stored table fits this device, rather than fail",
     "drain_timeout_s": "seconds that queued queries get to finish after SIGTERM or Ctrl-C",
     "hang_timeout_s": "seconds after which a running batch counts as hung, but never less than ten times what was "

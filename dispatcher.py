@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import itertools
 from array import array
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import inf
+from math import ceil, inf
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -29,9 +29,10 @@ if TYPE_CHECKING:
 
 
 class Answer(NamedTuple):
-    """What the engine found for one query."""
+    """What the engine found for one query; ``likeliest`` is the class of the highest probability."""
 
     probabilities: NDArray[np.float32]
+    likeliest: int
     entry: Entry
     batch_size: int
     started_s: float
@@ -44,6 +45,23 @@ class ReplySlot(Protocol):
     def done(self) -> bool: ...  # noqa: D102
     def set_result(self, result: Answer, /) -> None: ...  # noqa: D102
     def set_exception(self, exception: BaseException, /) -> None: ...  # noqa: D102
+
+
+class Nobody:
+    """The reply slot of a query that is refused before anybody waits for its answer."""
+
+    def done(self) -> bool:
+        """Nobody waits."""
+        return True
+
+    def set_result(self, result: Answer, /) -> None:
+        """Nobody hears it."""
+
+    def set_exception(self, exception: BaseException, /) -> None:
+        """Nobody hears it."""
+
+
+NOBODY, NOTHING = Nobody(), np.empty(0, np.uint8)
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -78,6 +96,7 @@ class DeadlineHeap:
         self._entries: list[tuple[float, int, Query]] = []
         self._deadlines_s = array("d")  # of the entries; numpy reads it in place
         self._sequence = itertools.count()
+        self.nbytes = 0  # of all inputs
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -91,6 +110,7 @@ class DeadlineHeap:
             place = bisect_left(self._entries, entry)
         self._entries.insert(place, entry)
         self._deadlines_s.insert(place, query.deadline_s)
+        self.nbytes += query.input.nbytes
         query.waiting = True
 
     @property
@@ -102,6 +122,11 @@ class DeadlineHeap:
     def head_deadline_s(self) -> float:
         """When the most urgent query is due."""
         return self._deadlines_s[0]
+
+    @property
+    def last_deadline_s(self) -> float:
+        """When the least urgent query is due."""
+        return self._deadlines_s[-1]
 
     def pop(self) -> Query:
         """Take out the most urgent query."""
@@ -117,8 +142,13 @@ class DeadlineHeap:
     def _take_out(self, place: int) -> Query:
         query = self._entries.pop(place)[2]
         del self._deadlines_s[place]
+        self.nbytes -= query.input.nbytes
         query.waiting = False
         return query
+
+    def due_by(self, deadline_s: float) -> int:
+        """How many are due at that instant or earlier."""
+        return bisect_right(self._deadlines_s, deadline_s)
 
     def oldest_age_s(self, now_s: float) -> float:
         """How long ago the query arrived that arrived first, 0 when none waits; looks at each."""
@@ -186,6 +216,19 @@ class Observer(Protocol):
         """A batch could not be computed."""
 
 
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a query is not accepted: what it counts as, and what its client is told."""
+
+    outcome: str
+    error: ServeError
+
+
+# A query is refused when so many times as many are due by its deadline as can be answered until then. Those that come
+# last would be the ones refused, where early drop gives up the most urgent and so gains time for larger batches: it is
+# left more to choose from than it can keep, and what is refused would not have been answered in any case.
+AHEAD = 2.0
+ROUNDING_S = 1e-9  # differences of instants are not exact
 # The slowdown that is followed; slower than this is a hang, not a device to plan for.
 MOST_SLOWDOWN = 20.0
 NOTABLE = 1.15  # an entry's own correction is worth a new table from this factor on
@@ -203,6 +246,8 @@ class Dispatcher:
     ``counters`` holds arrivals and outcomes: in_time, late, expired (deadline passed while waiting), given_up (the
     policy dropped it early), infeasible and queue_full (rejected on arrival), failed, cancelled. When nothing is
     waiting or running, outcomes sum to arrivals.
+
+    ``max_queue`` bounds the waiting queries, and ``max_queue_bytes`` what their inputs take.
     """
 
     def __init__(
@@ -213,11 +258,12 @@ class Dispatcher:
         *,
         workers: int,
         max_queue: int,
+        max_queue_bytes: float = inf,
         margin: float = 0.0,
         correction: bool = True,
     ) -> None:
         self.policy, self.clock = policy, clock
-        self.measured = self.table = table
+        self.measured = table
         self.heap = DeadlineHeap()
         self.counters: Counter[str] = Counter()
         self.observers: list[Observer] = []
@@ -229,30 +275,122 @@ class Dispatcher:
         self.applied = dict.fromkeys(self._measured_s, 1.0)  # corrections that the table in use includes
         self._corrected_s = -inf
         self.workers = workers
-        self._max_queue = max_queue
+        self._max_queue, self._max_queue_bytes = max_queue, max_queue_bytes
         self._margin = margin
         self._correction = correction
+        self._running: set[Batch] = set()
+        self._running_s = 0.0  # how long they take together, by the table
+        self._use(table)
+
+    def _use(self, table: ProfileTable) -> None:
+        self.table = table
         self._accuracies = [entry.accuracy for entry in table.entries]
+        self._least_s = [min(each) for each in zip(*(entry.latency_s for entry in table.entries), strict=True)]
+        rates = (size / self._least_s[size] for size in range(1, len(self._least_s)))
+        self._rates = [0.0, *itertools.accumulate(rates, max)]  # the most queries a second, in batches up to a size
+        self._longest_s = max(entry.latency_s[1] for entry in table.entries)
 
     def submit(self, query: Query) -> None:
         """Accept a query, or raise QueueFull or DeadlineExceeded."""
-        self.counters["arrivals"] += 1
-        for observer in self.observers:
-            observer.arrived(self.clock())
-        if len(self.heap) >= self._max_queue:
-            self._count(query, "queue_full")
-            raise QueueFull(f"the queue is full ({self._max_queue} queries)", retry_after_s=1)
         now_s = self.clock()
-        needed_s = self.overhead_s + self._stretch * self.table.entries[self._lowest(query)].latency_s[1]
-        if now_s + needed_s > query.deadline_s:
-            self._count(query, "infeasible")
-            if not self.heap and self.idle_workers == self.workers:
-                # No answer is on its way that could correct the estimates: a stall long past would refuse all for ever.
-                self.overhead_s /= 2
-                self.slowdown = max(1.0, self.slowdown / 2)
-            raise self._too_late(query, "the deadline cannot be met", predicted_s=now_s + needed_s - query.arrival_s)
+        if not self._has_room(query.deadline_s, query.input.nbytes, now_s):
+            refusal = self.refusal(query, now_s, query.input.nbytes)
+            if refusal is not None:
+                raise self._refuse_arrival(query, refusal)
+        self._arrive(now_s)
         self.policy.arrived(now_s, max(0.0, query.slo_s - self.overhead_s) / self._stretch)
         self.heap.push(query)
+
+    def turn_away(
+        self, arrival_s: float, slo_s: float, min_accuracy: float, nbytes: int, coming: int = 0, delay_s: float = 0.0
+    ) -> None:
+        """Raise what ``submit`` would raise for such a query, whose input takes so many bytes or more.
+
+        Its input need not be there yet; so many others are coming before it, which takes so long. The query is counted
+        if it is refused, and only then.
+        """
+        now_s = self.clock() + delay_s
+        if self._has_room(arrival_s + slo_s, nbytes * (coming + 1), now_s, coming):
+            return
+        query = Query(input=NOTHING, arrival_s=arrival_s, slo_s=slo_s, reply=NOBODY, min_accuracy=min_accuracy)
+        refusal = self.refusal(query, now_s, nbytes, coming)
+        if refusal is not None:
+            raise self._refuse_arrival(query, refusal)
+
+    def _has_room(self, deadline_s: float, nbytes: int, now_s: float, coming: int = 0) -> bool:
+        """Whether a query is accepted for sure: a glance, which does for most; False leaves it to ``refusal``.
+
+        It is when all that wait fit into ``AHEAD`` batches of the largest size, there is slack for one of these after
+        all that runs, and for the slowest entry alone.
+        """
+        slack_s, waiting = (deadline_s - now_s - self.overhead_s) / self._stretch, len(self.heap) + coming
+        return (
+            waiting < self._max_queue
+            and waiting + 1 <= (1.0 if coming else AHEAD) * (len(self._least_s) - 1)
+            and self.heap.nbytes + nbytes <= self._max_queue_bytes
+            and slack_s >= self._longest_s
+            and self.workers * slack_s >= self._running_s + self._least_s[-1]
+            and slack_s >= self._least_s[-1]
+        )
+
+    def refusal(self, query: Query, now_s: float, nbytes: int = 0, coming: int = 0) -> Refusal | None:
+        """Why a query would not be accepted now, if so; counts nothing.
+
+        Refused are those for whom there is no place, those that are late even if run at once and alone, and those with
+        too many ahead: more are due by then than ``AHEAD`` times what all workers can answer at their best.
+        """
+        if self._is_full(nbytes, coming):
+            return Refusal("queue_full", self._full(now_s, len(self.heap) + coming))
+        latency_s = self.table.entries[self._lowest(query)].latency_s[1]
+        done_s = now_s + self.overhead_s + self._stretch * latency_s
+        if done_s > query.deadline_s:
+            why = "the deadline cannot be met"
+            return Refusal("infeasible", self._too_late(query, why, predicted_s=done_s - query.arrival_s))
+        slack_s, ahead = query.deadline_s - now_s - self.overhead_s, coming + self.heap.due_by(query.deadline_s)
+        # What is not in the queue yet costs time to get there, and early drop cannot choose from it.
+        allowed = (1.0 if coming else AHEAD) * self._most_by(slack_s, now_s) + 1e-6  # but for rounding
+        if not ahead or ahead + 1 <= allowed:
+            return None
+        why = "the deadline cannot be met: too many queries are ahead"
+        return Refusal("infeasible", self._too_late(query, why, predicted_s=None))
+
+    def _refuse_arrival(self, query: Query, refusal: Refusal) -> ServeError:
+        self._arrive(self.clock())
+        self._count(query, refusal.outcome)
+        if refusal.outcome == "infeasible" and not self.heap and self.idle_workers == self.workers:
+            # No answer is on its way that could correct the estimates: a stall long past would refuse all for ever.
+            self.overhead_s /= 2
+            self.slowdown = max(1.0, self.slowdown / 2)
+        return refusal.error
+
+    def _arrive(self, now_s: float) -> None:
+        self.counters["arrivals"] += 1
+        for observer in self.observers:
+            observer.arrived(now_s)
+
+    def _is_full(self, nbytes: int, coming: int) -> bool:
+        """Whether there is no place for so many bytes more; an empty queue has a place for one query of any size."""
+        count, more_bytes = len(self.heap) + coming, nbytes * (coming + 1)
+        return count >= self._max_queue or (count > 0 and self.heap.nbytes + more_bytes > self._max_queue_bytes)
+
+    def _full(self, now_s: float, count: int) -> QueueFull:
+        """To be tried again when half of what waits is done, or due."""
+        done_s = count / 2 * self._stretch / (max(1, self.workers) * self._rates[-1])
+        due_s = self.heap.last_deadline_s - now_s if self.heap else 0.0
+        limit = f"{self._max_queue} queries" if count >= self._max_queue else f"{self._max_queue_bytes:.0f} bytes"
+        return QueueFull(f"the queue is full ({limit})", retry_after_s=max(1, ceil(min(done_s, due_s))))
+
+    def _most_by(self, slack_s: float, now_s: float) -> float:
+        """No more queries than this can be answered within the slack, by all workers together."""
+        # What runs is taken to end as the table says, without slowdown and margin: in favour of what is to come.
+        # Beyond the slack it takes nothing more from those that wait.
+        busy_s = sum(min(max(0.0, self._ends_s(batch) - now_s), slack_s) for batch in self._running)
+        most = max(1, bisect_right(self._least_s, slack_s / self._stretch + ROUNDING_S, 1) - 1)
+        return float((self.workers * slack_s - busy_s) / self._stretch * self._rates[most])
+
+    @staticmethod
+    def _ends_s(batch: Batch) -> float:
+        return batch.started_s + batch.entry.latency_s[len(batch.queries)]
 
     def correct_table(self) -> bool:
         """Make a new table in use if what was learnt of single entries differs notably from it; whether there is one.
@@ -272,8 +410,8 @@ class Dispatcher:
         table = self.measured.stretched(applied)
         if not self.policy.adopt(table):
             return False
-        self.table, self.applied = table, applied
-        self._accuracies = [entry.accuracy for entry in table.entries]
+        self.applied = applied
+        self._use(table)
         return True
 
     def cancel(self, query: Query) -> None:
@@ -307,7 +445,10 @@ class Dispatcher:
                 if decision.entry is not None:
                     self.idle_workers -= 1
                     queries = self._take(decision.entry, decision.batch_size)
-                    return Batch(entry=decision.entry, queries=queries, started_s=now_s)
+                    batch = Batch(entry=decision.entry, queries=queries, started_s=now_s)
+                    self._running.add(batch)
+                    self._running_s += decision.entry.latency_s[len(queries)]
+                    return batch
                 if not decision.give_up:
                     return None
         return None
@@ -317,17 +458,20 @@ class Dispatcher:
         if len(outputs.probabilities) != len(batch.queries):
             raise BatchFailed(f"{len(outputs.probabilities)} outputs for {len(batch.queries)} inputs")
         usable = [bool(good) for good in np.isfinite(outputs.probabilities).min(axis=1)]
+        # Of the whole batch, in the time that one row takes.
+        likeliest: list[int] = outputs.probabilities.argmax(axis=1).tolist()
         taken_s = outputs.finished_s - batch.started_s
-        for observer in self.observers:
-            observer.batch_finished(batch, taken_s, self.slowdown * batch.entry.latency_s[len(batch.queries)])
+        predicted_s = self.slowdown * batch.entry.latency_s[len(batch.queries)]
         self._learn(batch, taken_s)
         self._end(batch)
-        for row, good, query in zip(outputs.probabilities, usable, batch.queries, strict=True):
+        for row, best, good, query in zip(outputs.probabilities, likeliest, usable, batch.queries, strict=True):
             if not good:
                 self._refuse(query, "failed", BatchFailed("the network's output is not finite for this input"))
             elif not query.reply.done():
-                answer = Answer(row, batch.entry, len(batch.queries), batch.started_s, outputs.finished_s)
+                answer = Answer(row, best, batch.entry, len(batch.queries), batch.started_s, outputs.finished_s)
                 query.reply.set_result(answer)
+        for observer in self.observers:  # last: whatever goes wrong before makes the batch one that failed
+            observer.batch_finished(batch, taken_s, predicted_s)
 
     def fail(self, batch: Batch, message: str, *, worker_gone: bool = False) -> None:
         """Answer all queries of a batch that could not be computed, and were not answered yet.
@@ -348,13 +492,17 @@ class Dispatcher:
         """Account for a batch's worker, once: what goes wrong while a batch is settled makes it fail afterwards."""
         if not batch.ended:
             batch.ended = True
+            self._running.discard(batch)
+            self._running_s = sum(each.entry.latency_s[len(each.queries)] for each in self._running)
             self.workers -= worker_gone
             self.idle_workers += not worker_gone
+            if worker_gone and self.workers:
+                self.policy.resize(self.workers)
 
     def deliver(self, query: Query, answer: Answer) -> float:
         """Count an answer that is on its way to the client; returns the instant."""
         now_s = self.clock()
-        self._count(query, "in_time" if now_s <= query.deadline_s else "late", answer)
+        self._count(query, "in_time" if now_s <= query.deadline_s else "late", answer, now_s)
         # Follows a rise at once and forgets slowly: an optimistic estimate costs deadlines, a pessimistic one little.
         seen_s = now_s - answer.finished_s
         self.overhead_s += (seen_s - self.overhead_s) * (0.3 if seen_s > self.overhead_s else 0.005)
@@ -392,10 +540,13 @@ class Dispatcher:
             taken.append(self.heap.pop())
         return tuple(taken)
 
-    def _count(self, query: Query, outcome: str, answer: Answer | None = None) -> None:
+    def _count(
+        self, query: Query, outcome: str, answer: Answer | None = None, now_s: float | None = None
+    ) -> None:
         self.counters[outcome] += 1
+        now_s = self.clock() if now_s is None else now_s
         for observer in self.observers:
-            observer.ended(query, outcome, self.clock(), answer)
+            observer.ended(query, outcome, now_s, answer)
 
     def _give_up(self, outcome: str, message: str) -> None:
         query = self.heap.pop()

@@ -14,12 +14,14 @@ import contextlib
 import ctypes
 import functools
 import gc
+import logging
 import math
 import os
 import platform
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,8 @@ from executables import ExecutableCache
 from servable import InputSpec, Servable
 from supernet import ActuatedSubnet
 from workers import Crew
+
+log = logging.getLogger("superserve")
 
 
 class EngineError(RuntimeError):
@@ -385,10 +389,22 @@ class Engine:
     def _look_after(self, executables: ExecutableCache, now_s: float) -> None:
         """On another thread, so that batches need not wait for it."""
         if executables.stale:
-            self._builder.submit(self._rebalance)
+            self._later(self._rebalance)
         if now_s > self._trimmed_s + TRIM_EVERY_S:
             self._trimmed_s = now_s
-            self._builder.submit(lambda _: _trim())
+            self._later(lambda _: _trim())
+
+    def _later(self, work: Callable[[object], None]) -> None:
+        """Have the builder do something that no batch waits for; it must not fail one that was computed."""
+        with contextlib.suppress(RuntimeError):  # the engine is closing, or the system has no thread left
+            self._builder.submit(work).future.add_done_callback(self._built)
+
+    def _built(self, done: Future[None]) -> None:
+        """Memory may have run out over packing: then nothing is held that was not needed before either."""
+        if (error := done.exception()) is not None:
+            log.error("preparing a subnet failed", exc_info=error)
+            if isinstance(error, RuntimeError | MemoryError) and is_out_of_memory(error):
+                self._free_memory()
 
     def _rebalance(self, _: object) -> None:
         """Once, however many batches asked for it while the builder was busy."""
@@ -409,7 +425,8 @@ class Engine:
 
     async def prepare(self, names: Sequence[str]) -> None:
         """Get these subnets ready, and hold the first of them packed or captured, as far as the memory budget goes."""
-        await self._builder.run(functools.partial(self._prepare, names))
+        with _as_engine_error("preparing the subnets failed"):
+            await self._builder.run(functools.partial(self._prepare, names))
 
     def _prepare(self, names: Sequence[str], _: object) -> None:
         networks: dict[str, Network] = {}
@@ -418,8 +435,13 @@ class Engine:
             if self.executables is not None:
                 self.executables.add(name, actuated)
         if self.executables is not None:
-            self.executables.fill()
-            _return_freed_memory()
+            try:
+                self.executables.fill()
+                _return_freed_memory()
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._free_memory()  # all run from the shared weights
         for worker in self._cuda_workers:  # one after another: the others compute meanwhile
             worker.capture(networks)
 
@@ -444,7 +466,8 @@ class Engine:
         for name in names:
             for size in batch_sizes:
                 batches = (self.run(name, [blank] * size, START_LIMIT_S) for _ in range(self.facts.workers))
-                await asyncio.gather(*batches)
+                with _as_engine_error(f"warming up {name} at batch size {size} failed"):
+                    await asyncio.gather(*batches)
                 step()
         _return_freed_memory()
 
@@ -458,6 +481,17 @@ class Engine:
         self._builder.close(max(0.0, until_s - time.perf_counter()))
         for worker in self._cuda_workers:
             worker.close()
+
+
+@contextlib.contextmanager
+def _as_engine_error(what: str) -> Iterator[None]:
+    """Inside, what torch or the device raises becomes an EngineError, which ends the start with one line."""
+    try:
+        yield
+    except EngineError:
+        raise
+    except (RuntimeError, MemoryError) as error:
+        raise EngineError(f"{what}: {str(error).partition(chr(10))[0] or type(error).__name__}") from error
 
 
 def _return_freed_memory() -> None:

@@ -83,6 +83,11 @@ class LayerSelect(nn.Sequential):
         blocks = tuple(self.children())
         return tuple(blocks[index] for index in self._kept(subnet))
 
+    def __iter__(self) -> Iterator[nn.Module]:
+        """The blocks that run, for networks that call them one by one; all of them where no subnet is running."""
+        settings = _settings.get(None)
+        return self.children() if settings is None else iter(settings[self.slot])
+
     def forward(self, x: Tensor, *more: Any) -> Tensor:  # noqa: D102
         for block in _settings.get()[self.slot]:
             x = block(x, *more)
@@ -283,6 +288,8 @@ class SubnetNorm(nn.Module):
         super().__init__()
         if norm.running_mean is None or norm.running_var is None:
             raise SupernetError(f"cannot replace {norm}: it keeps no running statistics")
+        if not type(norm).__module__.startswith("torch.nn."):
+            raise SupernetError(f"cannot replace {type(norm).__name__}: it may do more than batch normalisation")
         self.weight, self.bias = norm.weight, norm.bias
         self.register_buffer("running_mean", norm.running_mean)
         self.register_buffer("running_var", norm.running_var)

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 
-from wholefile import write_text
+from wholefile import read_text, write_text
 
 SCHEMA = 1
 KINDS = ("subnet", "ensemble")
@@ -377,12 +377,12 @@ def _write(path: Path, document: Mapping[str, object]) -> None:
 
 def _read(path: Path, names: Sequence[str]) -> dict[str, object]:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+        document = json.loads(read_text(path), object_pairs_hook=_without_duplicates)
     except OSError as error:
         raise ProfileError(f"cannot be read: {error.strerror}") from error
     except ProfileError:
         raise
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ProfileError(f"is not JSON: {error}") from error
     schema = document.get("schema") if isinstance(document, dict) else None
     # The schema comes first: a file of another version has other fields, and that is not what is wrong with it.

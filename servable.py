@@ -22,13 +22,15 @@ from torch import Tensor, nn
 
 import supernets
 from supernet import Elastic, Space, Supernet, SupernetError
-from wholefile import replacing
+from wholefile import read_text, replacing
 
 SCHEMA = 1
 FIELDS = ("schema", "name", "family", "architecture", "space", "input", "classes")
 LARGEST_INPUT = 4096  # pixels a side, or tokens
 LARGEST_VOCABULARY = 10**7
 LARGEST_NETWORK = 10**9  # weights; beyond it the architecture is a slip rather than a network
+LARGEST_STATISTICS = 2**30  # bytes of norms.npz, all subnets together
+MOST_ARRAYS = 100_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,7 +189,7 @@ def load_servable(folder: Path) -> Servable:
     """Read what ``save_servable`` wrote, on the CPU; executes nothing. SupernetError names the file and the field."""
     path = folder / "supernet.json"
     try:
-        servable = _parse(json.loads(path.read_text(encoding="utf-8")))
+        servable = _parse(json.loads(read_text(path)))
     except (OSError, ValueError, RecursionError) as error:
         raise SupernetError(f"{path}: {_first_line(error)}") from error
     _load_weights(servable.supernet, folder / "weights.npz")
@@ -248,8 +250,8 @@ def _lists(value: object, where: str) -> list[list[Any]]:
 
 
 def _load_weights(supernet: Supernet, path: Path) -> None:
-    arrays = _read_arrays(path)
     expected = supernet.network.state_dict()
+    arrays = _read_arrays(path, sum(8 * value.numel() + 4096 for value in expected.values()))
     for what, names in (("missing", expected.keys() - arrays.keys()), ("unexpected", arrays.keys() - expected.keys())):
         if names:
             raise SupernetError(f"{path}: {what} weights: {', '.join(sorted(names))}")
@@ -262,7 +264,7 @@ def _load_weights(supernet: Supernet, path: Path) -> None:
 
 
 def _load_statistics(supernet: Supernet, path: Path) -> None:
-    for name, array in _read_arrays(path).items():
+    for name, array in _read_arrays(path, LARGEST_STATISTICS).items():
         try:
             packed = array.dtype == np.uint8 and array.ndim == 1
             flat = torch.from_numpy(array) if packed else _tensor(array, f"statistics of {name}")
@@ -295,10 +297,15 @@ _DAMAGE = (
 )
 
 
-def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+def _read_arrays(path: Path, most_bytes: int) -> dict[str, NDArray[Any]]:
+    """The arrays of an archive, never objects, as unpickling runs code; a small file could unpack to a huge one."""
     try:
-        with zipfile.ZipFile(path):  # numpy would read other formats too
-            pass
+        if path.exists() and not path.is_file():
+            raise OSError("not a file")  # a pipe would never end
+        with zipfile.ZipFile(path) as packed:  # numpy would read other formats too
+            members = packed.infolist()
+        if len(members) > MOST_ARRAYS or sum(member.file_size for member in members) > most_bytes:
+            raise ValueError(f"more than {MOST_ARRAYS} arrays or {most_bytes} bytes: not of this network")
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except _DAMAGE as error:

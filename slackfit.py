@@ -7,8 +7,8 @@ most urgent queries to give up, what to run on the most urgent of the rest, and 
 This file reads no clock and does no I/O; it knows neither torch nor HTTP. The caller passes ``now_s``, already moved
 forward by the overhead of answering, so that the slack of a query is its deadline minus ``now_s``.
 
-Which queries cannot be saved is earlydrop.py's part. Here are the policies of the literature, our own (``PaceFit``),
-and their names (``make_policy``).
+Which queries cannot be saved is earlydrop.py's part. Here are the policies of the literature, our own (``HalfSLO``,
+``PaceFit``, ``ClearFit``), and their names (``make_policy``).
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from profiletable import (
 __all__ = [
     "POLICIES", "Arrivals", "CheapestFirst", "Choice", "ClearFit", "Decision", "Device", "DeviceMismatch", "Entry",
     "FixedSubnet", "HalfSLO", "Latencies", "MaxAccuracy", "MaxBatch", "PaceFit", "Policy", "PolicyError",
-    "ProfileError", "ProfileTable", "QueueView", "Rest", "SlackFit", "Traffic", "build_table", "drop_early", "drop_hopeless",
-    "largest_batch", "load_choices", "load_latencies", "make_policy", "save_choices", "save_latencies",
-    "table_document",
+    "ProfileError", "ProfileTable", "QueueView", "Rest", "SlackFit", "Traffic", "build_table", "drop_early",
+    "drop_hopeless", "largest_batch", "load_choices", "load_latencies", "make_policy", "save_choices",
+    "save_latencies", "table_document",
 ]  # fmt: skip
 
 
@@ -80,6 +80,10 @@ class Policy(Protocol):
     def adopt(self, table: ProfileTable) -> bool:
         """Decide by this table from now on, as if made for it; False: a policy that stays with the one it has."""
         return False
+
+    def resize(self, workers: int) -> None:
+        """So many workers are left; of no interest to policies that look at one at a time."""
+        return
 
 
 # ----------------------------------------------------------------------------------------------- the policies of others
@@ -249,15 +253,18 @@ class HalfSLO:
 
     def __init__(self, table: ProfileTable, workers: int = 1) -> None:
         self.name = "halfslo"
-        self._workers = workers
-        self._share = _share_of_slo(workers)
         self._arrivals = Arrivals()
+        self.resize(workers)
         self.adopt(table)
 
     def adopt(self, table: ProfileTable) -> bool:
         """Arrivals stay in memory."""
         self._table = table
         return True
+
+    def resize(self, workers: int) -> None:
+        """With fewer workers, queries wait longer for one."""
+        self._workers, self._share = workers, _share_of_slo(workers)
 
     def arrived(self, now_s: float, slo_s: float) -> None:
         """Remember the SLO: the shortest recent one caps the length of a batch."""
@@ -304,10 +311,9 @@ class PaceFit:
     name = "pacefit"
 
     def __init__(self, table: ProfileTable, workers: int = 1) -> None:
-        self._workers, self._planned = workers, PLANNED_BATCHES
-        self._share = _share_of_slo(workers)
         self._arrivals = Arrivals()
         self._overloads = _Overloads()
+        self.resize(workers)
         self.adopt(table)
 
     def adopt(self, table: ProfileTable) -> bool:
@@ -315,6 +321,10 @@ class PaceFit:
         self._table = table
         self._hulls = {0: _hulls(table.entries)}
         return True
+
+    def resize(self, workers: int) -> None:
+        """With fewer workers, queries wait longer for one."""
+        self._workers, self._planned, self._share = workers, PLANNED_BATCHES, _share_of_slo(workers)
 
     def arrived(self, now_s: float, slo_s: float) -> None:
         """Remember when, for the rate, and the SLO."""
@@ -331,7 +341,7 @@ class PaceFit:
         if not rest.count:
             return Decision(rest.given_up, None, 0)
         plan = _Plan(
-            now_s=now_s, queue=queue, rest=rest, traffic=traffic, workers=self._workers,
+            now_s=now_s, queue=queue, rest=rest, cheapest=cheapest, traffic=traffic, workers=self._workers,
             most_batches=self._planned, cap_s=self._share * traffic.shortest_slo_s,
             reserve=self._reserve(traffic, cheapest),
         )  # fmt: skip
@@ -343,7 +353,7 @@ class PaceFit:
         hull, ceiling = hulls[min(plan.rest.count, len(hulls) - 1)], self._ceiling(plan.traffic, hulls)
         cheapest = hull[0]
         charge = self._charge(plan.now_s, plan.traffic, cheapest)
-        best, most = (cheapest, largest_batch(cheapest.latency_s, plan.rest.slack_s, plan.rest.count)), -inf
+        best, most = self._last_resort(plan, cheapest), -inf
         for entry in reversed(hull):
             limit_s = plan.rest.slack_s if entry is cheapest else min(plan.rest.slack_s, plan.cap_s)
             batch_size = largest_batch(entry.latency_s, limit_s, plan.rest.count)
@@ -356,6 +366,15 @@ class PaceFit:
                 if not charge:
                     break
         return best
+
+    @staticmethod
+    def _last_resort(plan: _Plan, cheapest: Entry) -> tuple[Entry, int]:
+        """As much as fits. Where rows cross, the fastest at the queue's size may be too slow for even one query."""
+        for entry in (cheapest, plan.cheapest):
+            batch_size = largest_batch(entry.latency_s, plan.rest.slack_s, plan.rest.count)
+            if batch_size:
+                break
+        return entry, batch_size
 
     def _ceiling(self, traffic: Traffic, hulls: Sequence[Sequence[Entry]]) -> Entry:
         """The first entry on the hull too slow for the recent arrivals: it and the one below make the average."""
@@ -386,8 +405,9 @@ class ClearFit(PaceFit):
 
     name = "clearfit"
 
-    def __init__(self, table: ProfileTable, workers: int = 1) -> None:
-        super().__init__(table, workers)
+    def resize(self, workers: int) -> None:
+        """With fewer workers, fewer batches are planned."""
+        super().resize(workers)
         self._planned = workers
 
 
@@ -398,6 +418,7 @@ class _Plan:
     now_s: float
     queue: QueueView
     rest: Rest
+    cheapest: Entry  # that early drop counts on
     cap_s: float  # on the length of a batch
     workers: int
     most_batches: int

@@ -6,22 +6,31 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import json
+import logging
+import ssl
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from aiohttp import web
 from tqdm import tqdm
 
 import slackfit
 from config import Config
 from engine import Engine, EngineError, measure_latencies
+from logs import log_event
 from profiletable import refuse_synthetic
 from servable import Servable, load_servable
 from slackfit import Choice, Device, DeviceMismatch, Latencies, PolicyError, ProfileError, ProfileTable
 from supernet import SupernetError
+from web.access import Access, AccessError, is_loopback, load_keys, load_tls, readable_by_others
+from web.listen import ConnectionLimits, listening, room_for
 
 PROFILED_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -39,6 +48,8 @@ def check_policy(spec: str, choices: Sequence[Choice], workers: int) -> None:
 
 def check_statistics(folder: Path, choices: Sequence[Choice], servable: Servable) -> None:
     """Raise ProfileError for a choice that cannot run, as it has no batch-norm statistics."""
+    if not servable.supernet.operators.subnet_norms:
+        return
     calibrated = {subnet.name for subnet in servable.supernet.statistics}
     for choice in choices:
         if choice.frontier and choice.name not in calibrated:
@@ -56,6 +67,70 @@ def start_engine(config: Config, servable: Servable) -> Engine:
     )
 
 
+def settle_garbage() -> None:
+    """Once all is there that stays: collections look at none of it from now on, and come less often.
+
+    64 queries under way make and free some thousands of objects, so that at Python's threshold of 700 a collection, in
+    vain, would come several times for each such wave.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 100)
+
+
+# ------------------------------------------------------------------------------------------------------------- the door
+
+
+def load_access(config: Config) -> Access:
+    """Who may ask what; raises AccessError for a file of keys that cannot be used."""
+    keys = None if config.api_key_file is None else load_keys(config.api_key_file)
+    return Access(keys=keys, open_metrics=config.open_metrics, origins=config.origins)
+
+
+def load_certificate(config: Config) -> ssl.SSLContext | None:
+    """With what HTTPS is spoken, if it is; raises AccessError for files that cannot be used."""
+    if config.tls_cert is None or config.tls_key is None:
+        return None
+    return load_tls(config.tls_cert, config.tls_key)
+
+
+def connection_limits(config: Config) -> ConnectionLimits:
+    """What connections may take, fewer of them where file descriptors are short."""
+    return ConnectionLimits(
+        connections=room_for(config.max_connections),
+        header_bytes=config.max_header_bytes,
+        header_timeout_s=config.header_timeout_s,
+        idle_timeout_s=config.idle_timeout_s,
+        stall_timeout_s=config.body_timeout_s,
+    )
+
+
+def exposures(config: Config, limits: ConnectionLimits) -> list[str]:
+    """What lets more in than one might think, or less; of settings whose files can be read."""
+    found = []
+    if config.api_key_file is None and not is_loopback(config.host):
+        found.append(f"whoever reaches {config.host} may use this server: there is no api_key_file")
+    for name in ("api_key_file", "tls_key"):
+        path = getattr(config, name)
+        if path is not None and readable_by_others(path):
+            found.append(f"{name} {path} can be read by all users of this machine")
+    if limits.connections < config.max_connections:
+        few, many = limits.connections, config.max_connections
+        found.append(f"max_connections is {many}, but the limit of open files leaves room for {few}")
+    return found
+
+
+@asynccontextmanager
+async def opened(config: Config, runner: web.AppRunner) -> AsyncIterator[str]:
+    """Listen as the settings say while the block runs; gives the URL. Raises AccessError or OSError."""
+    tls, limits = load_certificate(config), connection_limits(config)
+    for exposure in exposures(config, limits):
+        log_event("exposed", logging.WARNING, why=exposure)
+    async with listening(runner, config.host, config.port, limits, tls) as url:
+        log_event("listening", url=url)
+        yield url
+
+
 # ------------------------------------------------------------------------------------------------------- latency tables
 
 
@@ -69,8 +144,13 @@ class TableFile:
 
     @classmethod
     def of(cls, config: Config, choices: Sequence[Choice], engine: Engine) -> TableFile:
-        """The file for an engine's device: in ``table_dir`` if there is one, and in the profile's folder."""
-        folders = (config.profile,) if config.table_dir is None else (config.table_dir, config.profile)
+        """The file for an engine's device: in ``table_dir`` if there is one, and in the profile's folder.
+
+        ``table_dir`` may hold the tables of several profiles, and of one that has changed since: each has a folder.
+        """
+        folders: tuple[Path, ...] = (config.profile,)
+        if config.table_dir is not None:
+            folders = (config.table_dir / _fingerprint(config.profile, choices), config.profile)
         return cls(folders, choices, Device(**dataclasses.asdict(engine.facts)))
 
     @property
@@ -93,7 +173,16 @@ class TableFile:
     def store(self, latencies: Mapping[str, Latencies]) -> None:
         """Write what was measured at PROFILED_BATCH_SIZES; raises OSError where that cannot be."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.resolve().parent != self.path.parent.resolve():
+            raise OSError(f"{self.path} is a link that leads out of its folder")
         slackfit.save_latencies(self.path, self.device, PROFILED_BATCH_SIZES, latencies)
+
+
+def _fingerprint(profile: Path, choices: Sequence[Choice]) -> str:
+    """A name for what latencies depend on: the architecture, and which subnets are on the frontier."""
+    digest = hashlib.sha256((profile / "supernet.json").read_bytes())
+    digest.update(json.dumps(sorted(choice.name for choice in choices if choice.frontier)).encode())
+    return f"{profile.resolve().name}-{digest.hexdigest()[:12]}"
 
 
 async def profile_latencies(engine: Engine, names: Sequence[str], rounds: int) -> dict[str, Latencies]:
@@ -126,10 +215,21 @@ class Finding:
     text: str
 
 
+def report(findings: Sequence[Finding]) -> int:
+    """Print a line for each finding of ``--check``; the exit code."""
+    for finding in findings:
+        print(f"{finding.level}: {finding.text}")
+    return int(any(finding.level == "error" for finding in findings))
+
+
 def check(config: Config) -> list[Finding]:
     """All that is wrong with what a server would serve with these settings; no socket is opened, nothing is written."""
     findings: list[Finding] = []
     servable, choices, engine = None, None, None
+    with _noting(findings):
+        load_access(config)
+        load_certificate(config)
+        findings += [Finding("warning", each) for each in exposures(config, connection_limits(config))]
     with _noting(findings):
         refuse_synthetic(config.profile)
         servable = load_servable(config.profile)
@@ -173,5 +273,5 @@ def _noting(findings: list[Finding]) -> Iterator[None]:
         yield
     except DeviceMismatch:
         raise
-    except (ProfileError, SupernetError, PolicyError, EngineError, OSError) as error:
+    except (AccessError, ProfileError, SupernetError, PolicyError, EngineError, OSError) as error:
         findings.append(Finding("error", str(error)))

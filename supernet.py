@@ -14,19 +14,18 @@ from __future__ import annotations
 import copy
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, cast, overload
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from operators import (
     Elastic,
     LayerSelect,
     NormSettings,
-    Sizes,
     StatisticsRecorder,
     SubnetNorm,
     WeightSlice,
@@ -35,6 +34,7 @@ from operators import (
     packed_size,
     unpack,
 )
+from residual import find_elastic
 from subnets import IllegalSubnetError, Space, Subnet, SubnetSpace, SupernetError
 
 __all__ = [
@@ -113,133 +113,6 @@ def _part(network: nn.Module, path: str) -> Any:
 def _replace(parent: nn.Module, path: str, module: nn.Module) -> None:
     owner, _, name = path.rpartition(".")
     setattr(parent.get_submodule(owner), name, module)
-
-
-def find_elastic(network: nn.Module, stages: Sequence[str], space: SubnetSpace) -> Elastic:
-    """What can be elastic in a plain residual network, by its structure.
-
-    ``stages`` names the network's stages in order; each must be an ``nn.Sequential`` of residual blocks. Inside each
-    block, traced with torch.fx, the convolutions whose output reaches another convolution are *inner* and get elastic
-    outputs; those that reach the residual addition keep the stage's width, since blocks exchange it. Raises
-    SupernetError for what cannot be made elastic, naming it.
-    """
-    return _Finding(network, stages, space).run()
-
-
-class _Finding:
-    """One pass over a network; collects what is elastic, by path."""
-
-    def __init__(self, network: nn.Module, stages: Sequence[str], space: SubnetSpace) -> None:
-        self.network, self.stages, self.space = network, stages, space
-        self.layers: dict[str, Callable[[Any], Sequence[int]]] = {}
-        self.slices: dict[str, Sizes] = {}
-        self.norms: dict[str, Callable[[Any], int] | None] = {}
-        self._seen: set[int] = set()
-
-    def run(self) -> Elastic:
-        if len(self.stages) != len(self.space.depths):
-            raise SupernetError(f"{len(self.stages)} stages named, but the space has {len(self.space.depths)}")
-        sizes = [self._stage(index, name) for index, name in enumerate(self.stages)]
-        return Elastic(self.layers, self.slices, self.norms, tuple(sizes))
-
-    def _stage(self, index: int, name: str) -> int:
-        stage = _submodule(self.network, name)
-        if not isinstance(stage, nn.Sequential) or isinstance(stage, LayerSelect):
-            raise SupernetError(f"stage '{name}' is a {type(stage).__name__}; it must be an nn.Sequential of blocks")
-        if self.space.depths[index][-1] > len(stage):
-            raise SupernetError(
-                f"stage '{name}' has {len(stage)} blocks, but depths up to {self.space.depths[index][-1]}"
-            )
-        elastic = [self._block(block, index, f"{name}.{number}") for number, block in enumerate(stage)]
-        if not any(elastic) and self.space.expands[index] != (1,):
-            ratios = list(self.space.expands[index])
-            raise SupernetError(f"stage '{name}': expand ratios {ratios}, but no convolution that can be narrowed")
-        self.layers[name] = lambda subnet: range(subnet.depths[index])
-        return len(stage)
-
-    def _block(self, block: nn.Module, stage: int, where: str) -> bool:
-        """Whether anything in the block has elastic width."""
-        parts = [module for module in block.modules() if isinstance(module, nn.Conv2d | nn.BatchNorm2d)]
-        if not self._seen.isdisjoint(map(id, parts)):
-            raise SupernetError(f"block '{where}' shares layers with another one")
-        outputs: dict[fx.Node, Callable[[Any], int] | None] = {}
-        for node in _trace(block, where).nodes:
-            module, path = _module_of(node, block), f"{where}.{node.target}"
-            if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
-                if id(module) in self._seen:
-                    raise SupernetError(f"{path} is used more than once")
-                self._seen.add(id(module))
-                source = _convolution_before(node, outputs)
-                channels = outputs[source] if source is not None else None
-                if isinstance(module, nn.Conv2d):
-                    outputs[node] = self._outputs(module, stage, path) if _is_inner(node, block) else None
-                    self.slices[path] = self._sizes(module, path, outputs[node], channels)
-                elif module.running_mean is None:
-                    raise SupernetError(f"{path}: {module} keeps no running statistics")
-                else:
-                    self.norms[path] = channels
-        return any(each is not None for each in outputs.values())
-
-    @staticmethod
-    def _sizes(layer: nn.Conv2d, where: str, outputs: Any, inputs: Any) -> Sizes:
-        if layer.groups != 1 or layer.padding_mode != "zeros":
-            raise SupernetError(f"{where}: grouped and non-zero-padded convolutions are not elastic")
-        return Sizes(outputs, inputs)
-
-    def _outputs(self, layer: nn.Conv2d, stage: int, where: str) -> Callable[[Any], int]:
-        full = layer.out_channels
-        for ratio in self.space.expands[stage]:
-            if round(full * ratio) < 1 or abs(full * ratio - round(full * ratio)) > 1e-6:
-                raise SupernetError(f"{where}: expand ratio {ratio:g} of {full} channels is not a whole number")
-        return lambda subnet: round(full * subnet.expands[stage])
-
-
-def _submodule(network: nn.Module, name: str) -> nn.Module:
-    try:
-        return network.get_submodule(name)
-    except AttributeError:
-        known = ", ".join(child for child, _ in network.named_children())
-        raise SupernetError(f"the network has no stage '{name}'; its parts are: {known}") from None
-
-
-def _trace(block: nn.Module, where: str) -> fx.Graph:
-    try:
-        return fx.Tracer().trace(block)
-    except (fx.proxy.TraceError, RuntimeError, TypeError, ValueError) as error:
-        raise SupernetError(f"block '{where}' has control flow that depends on data: {error}") from error
-
-
-def _module_of(node: fx.Node, block: nn.Module) -> nn.Module | None:
-    return block.get_submodule(str(node.target)) if node.op == "call_module" else None
-
-
-def _convolution_before(node: fx.Node, known: Mapping[fx.Node, object]) -> fx.Node | None:
-    """The convolution whose channels arrive at this node; None where a block's input or addition comes before it."""
-    source = node.all_input_nodes[0]
-    while source not in known:
-        if source.op == "placeholder" or len(source.all_input_nodes) != 1:
-            return None
-        source = source.all_input_nodes[0]
-    return source
-
-
-# Operations that treat every channel alike and alone; named as modules, functions and methods, without underscores.
-_CHANNELWISE = {
-    "batchnorm2d", "relu", "relu6", "leakyrelu", "elu", "silu", "gelu", "mish", "hardswish", "hardtanh", "hardsigmoid",
-    "sigmoid", "tanh", "identity", "dropout", "dropout2d", "maxpool2d", "avgpool2d", "adaptiveavgpool2d", "contiguous",
-}  # fmt: skip
-
-
-def _is_inner(node: fx.Node, block: nn.Module) -> bool:
-    """Whether all that reads this convolution's output, through channelwise operations, is another convolution."""
-    for user in node.users:
-        module = _module_of(user, block)
-        if isinstance(module, nn.Conv2d):
-            continue
-        name = type(module).__name__ if module else getattr(user.target, "__name__", str(user.target))
-        if name.lower().replace("_", "") not in _CHANNELWISE or not _is_inner(user, block):
-            return False
-    return True
 
 
 # ------------------------------------------------------------------------------------------------------------ supernet
@@ -346,6 +219,13 @@ class Supernet:
         self._recent = Recent()
         self._check_sizes()
 
+    def restricted(self, space: Space) -> Supernet:
+        """The same network and operators with another space, and nothing calibrated; the two share their weights."""
+        other = copy.copy(self)
+        other.space, other.statistics, other._actuated, other._recent = space, {}, {}, Recent()
+        other._check_sizes()
+        return other
+
     def _check_sizes(self) -> None:
         """The ends of the space must fit the weights; what lies between does too."""
         names = {id(module): name for name, module in self.network.named_modules()}
@@ -388,7 +268,8 @@ class Supernet:
             self.space.check(subnet)
             with torch.no_grad():
                 settings = self._inference_settings(subnet)
-            actuated = ActuatedSubnet(subnet, subnet in self.statistics, self.network, settings)
+            calibrated = subnet in self.statistics or not self.operators.subnet_norms
+            actuated = ActuatedSubnet(subnet, calibrated, self.network, settings)
             self._actuated[subnet] = actuated
         return actuated
 
@@ -407,6 +288,8 @@ class Supernet:
         """
         self.space.check(subnet)
         norms = self._norms_in(subnet)
+        if not norms:
+            return  # no statistics differ between its subnets
         recorders = [StatisticsRecorder(pooled) for _ in norms]
         settings = list(self._settings(subnet))
         for norm, recorder in zip(norms, recorders, strict=True):

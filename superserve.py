@@ -2,7 +2,8 @@
 
 The life of one query, top-down:
 
-1. ``handle_predict`` notes the arrival, reads parameters and body; ``decode`` makes one network input of the body.
+1. ``handle_predict`` notes the arrival and reads the parameters; ``SuperServe.turn_away`` refuses what has no chance,
+   and in bursts ``Door.answer`` has done so before. Then the body is read: ``decode`` makes one network input of it.
 2. ``SuperServe.submit`` makes a ``Query`` with its deadline; ``Dispatcher.submit`` rejects it when the heap is full or
    no choice can meet the deadline any more, else pushes it onto the ``DeadlineHeap``. The handler awaits the reply.
 3. ``SuperServe._pump`` runs when a query arrived, a worker became free or a deadline passed.
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import gc
+import functools
 import json
 import logging
 import math
@@ -28,8 +29,9 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import uvloop
@@ -42,12 +44,15 @@ import startup
 from config import Config, ConfigError, parse_arguments
 from dispatcher import Answer, Batch, DeadlineHeap, Dispatcher, Query, ReplySlot
 from engine import DeviceLostError, EngineError, Outputs
+from logs import log_event, start_log
 from profiletable import refuse_synthetic
 from servable import InputSpec, load_servable
 from slackfit import ProfileError, ProfileTable
-from startup import Finding, TableFile
+from startup import TableFile
 from supernet import SupernetError
-from web.bodies import read_body
+from web.access import AccessError, add_access
+from web.bodies import Uploads, add_uploads, read_body
+from web.door import DOOR, Door
 from web.errors import NotReady, ServeError, TooLarge, json_errors, json_response
 from web.inputs import INLINE_BODY_BYTES, INLINE_PIXELS, Limits, Parameters, check_array, decode, parse_parameters
 from web.live import Live, Page, add_live
@@ -57,20 +62,12 @@ from web.openapi import add_openapi
 from web.state import State, version
 from web.statistics import Statistics
 from web.stream import StreamLimits, add_stream
-from workers import HungError, leave
+from workers import ClosedError, Hands, HungError, apart, leave
 
 __all__ = [
     "Answer", "Batch", "Config", "DeadlineHeap", "Dispatcher", "Pending", "Prediction", "Query", "Reply", "ReplySlot",
     "SuperServe", "main", "make_app",
 ]  # fmt: skip
-
-log = logging.getLogger("superserve")
-
-
-def log_event(event: str, level: int = logging.INFO, cause: Exception | None = None, /, **fields: object) -> None:
-    """Log something that happened, with fields that a machine can read."""
-    log.log(level, event, exc_info=cause, extra={"fields": fields})
-
 
 # A batch that takes so many times as long as was planned for it hangs; see Config.hang_timeout_s.
 HANG_FACTOR = 10
@@ -78,12 +75,17 @@ HANG_FACTOR = 10
 EX_LOST = 75
 # What still reads or writes when the server has drained gets so long to end.
 LAST_WORDS_S = 3.0
+# Large bodies that are decoded, and large answers that are encoded, at a time. Images take several bytes per pixel.
+ASIDE = 4
+
+Result = TypeVar("Result")
 
 
 # ------------------------------------------------------------------------------------------------------------- serving
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# These two are not frozen: each query makes both, and setting the fields of a frozen class takes three times as long.
+@dataclass(slots=True, kw_only=True)
 class Prediction:
     """One class with its probability."""
 
@@ -91,8 +93,12 @@ class Prediction:
     index: int
     probability: float
 
+    def json(self) -> str:
+        """The JSON form."""
+        return f'{{"label": {_quoted(self.label)}, "index": {self.index}, "probability": {self.probability:.4g}}}'
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+@dataclass(slots=True, kw_only=True)
 class Reply:
     """The answer to one query: what was seen, by which subnet, how accurate that subnet is, and when.
 
@@ -109,21 +115,20 @@ class Reply:
     deadline_met: bool
     probabilities: NDArray[np.float32] = field(compare=False, repr=False)
 
-    def document(self) -> dict[str, Any]:
-        """The JSON form, durations in milliseconds."""
-        return {
-            "predictions": [
-                {"label": each.label, "index": each.index, "probability": round(each.probability, 4)}
-                for each in self.predictions
-            ],
-            "subnet": self.subnet,
-            "accuracy": round(self.accuracy, 4),
-            "batch_size": self.batch_size,
-            "slo_ms": round(self.slo_s * 1e3, 3),
-            "latency_ms": round(self.latency_s * 1e3, 3),
-            "queue_ms": round(self.queue_s * 1e3, 3),
-            "deadline_met": self.deadline_met,
-        }
+    def json(self) -> str:
+        """The JSON form, durations in milliseconds; written by hand, as json.dumps takes four times as long."""
+        return (
+            f'{{"predictions": [{", ".join([each.json() for each in self.predictions])}], '
+            f'"subnet": {_quoted(self.subnet)}, "accuracy": {self.accuracy:.4g}, "batch_size": {self.batch_size}, '
+            f'"slo_ms": {self.slo_s * 1e3:.7g}, "latency_ms": {self.latency_s * 1e3:.6g}, '
+            f'"queue_ms": {self.queue_s * 1e3:.6g}, "deadline_met": {"true" if self.deadline_met else "false"}}}'
+        )
+
+
+@functools.lru_cache(4096)
+def _quoted(name: str) -> str:
+    """A label or a subnet as JSON; there are few, and many queries."""
+    return json.dumps(name)
 
 
 @dataclass(slots=True, eq=False)
@@ -189,6 +194,7 @@ class SuperServe:
         self.engine = startup.start_engine(self.config, self._servable)
         self._table_file = TableFile.of(self.config, self._choices, self.engine)
         self.dispatcher: Dispatcher | None = None
+        self._limits: Limits | None = None
         facts = self.engine.facts
         self.about = {
             "version": version(), "torch": facts.torch, "device": facts.name, "profile": self._servable.name,
@@ -199,13 +205,18 @@ class SuperServe:
         table = self._stored_table()
         if table is not None:
             self._use(table)
+        self._aside = Hands(ASIDE, "aside")
         self._batches: set[asyncio.Task[None]] = set()
         self._pump_due = False
         self._expiry: asyncio.TimerHandle | None = None
         self._expiry_s = math.inf
 
     async def __aenter__(self) -> SuperServe:
-        await self.start()
+        try:
+            await self.start()
+        except BaseException:
+            await self.close()  # threads and what a GPU holds
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -245,7 +256,8 @@ class SuperServe:
             await asyncio.gather(self._starting, return_exceptions=True)
         if self.dispatcher is not None:
             await self._drain(self.dispatcher)
-        await asyncio.to_thread(self.engine.close)  # waits a while for what still runs; its queries are answered
+        # Both wait a while for what still runs; its queries are answered.
+        await apart(self.engine.close, partial(self._aside.close, LAST_WORDS_S))
         if self._batches:
             await asyncio.wait(self._batches, timeout=0.1)  # those that the engine left alone
 
@@ -290,12 +302,9 @@ class SuperServe:
 
     def limits(self) -> Limits:
         """What parameters of a request may be; NotReady while there is no table."""
-        return Limits(
-            default_slo_s=self.config.default_slo_ms / 1e3,
-            longest_slo_s=self.config.max_slo_ms / 1e3,
-            best_accuracy=self._open().table.entries[-1].accuracy,
-            classes=len(self._servable.classes),
-        )
+        self._open()
+        assert self._limits is not None, "there is a table"
+        return self._limits
 
     def check_input(self, array: object) -> NDArray[Any]:
         """An array that is one network input already; raises BadRequest for any other."""
@@ -311,11 +320,33 @@ class SuperServe:
             return None  # a small file can hold a large image, which is then looked at again
 
     async def decode(self, body: bytes, content_type: str) -> NDArray[Any]:
-        """The network input in a request's body; large ones are decoded on a thread."""
+        """The network input in a request's body; large ones are decoded on a thread. Raises NotReady at the end."""
         decoded = self.decode_inline(body, content_type)
         if decoded is not None:
             return decoded
-        return await asyncio.to_thread(decode, body, content_type, self._servable.input, self.config.max_pixels)
+        self._open()  # a server that drains has other things to do
+        return await self.aside(partial(decode, body, content_type, self._servable.input, self.config.max_pixels))
+
+    async def aside(self, work: Callable[[], Result]) -> Result:
+        """Do on a thread what would hold up the queries of others. Raises what it raises, or NotReady at the end."""
+        try:
+            return await self._aside.do(work)
+        except ClosedError:
+            raise NotReady("draining", retry_after_s=1) from None
+
+    @property
+    def crowded(self) -> bool:
+        """Whether queries wait, so that others may have to be refused for their sake."""
+        return self._waiting() > 0
+
+    def turn_away(self, arrival_s: float, parameters: Parameters, coming: int = 0, delay_s: float = 0.0) -> None:
+        """Raise and count what ``submit`` would raise in a moment, whatever the input: it need not be decoded then.
+
+        So many queries are coming before this one, which takes so long.
+        """
+        form = self._servable.input
+        least_bytes = form.height * form.width * form.channels  # as pixels
+        self._open().turn_away(arrival_s, parameters.slo_s, parameters.min_accuracy, least_bytes, coming, delay_s)
 
     async def submit(self, input: NDArray[Any], arrival_s: float, parameters: Parameters) -> Reply:
         """Queue one decoded input and wait for its answer; cancelling frees its place."""
@@ -387,11 +418,10 @@ class SuperServe:
 
     def _reply(self, query: Query, answer: Answer, now_s: float, top_k: int) -> Reply:
         row = answer.probabilities
-        best = [int(row.argmax())] if top_k == 1 else np.argsort(-row, kind="stable")[:top_k].tolist()
+        best = [answer.likeliest] if top_k == 1 else np.argsort(-row, kind="stable")[:top_k].tolist()
+        classes = self._servable.classes
         return Reply(
-            predictions=tuple(
-                Prediction(label=self._servable.classes[i], index=i, probability=float(row[i])) for i in best
-            ),
+            predictions=tuple([Prediction(label=classes[i], index=i, probability=float(row[i])) for i in best]),
             subnet=answer.entry.name,
             accuracy=answer.entry.accuracy,
             batch_size=answer.batch_size,
@@ -483,8 +513,15 @@ class SuperServe:
             self.clock,
             workers=self.config.workers,
             max_queue=self.config.max_queue,
+            max_queue_bytes=self.config.max_queue_bytes,
             margin=self.config.margin,
             correction=self.config.correction,
+        )
+        self._limits = Limits(
+            default_slo_s=self.config.default_slo_ms / 1e3,
+            longest_slo_s=self.config.max_slo_ms / 1e3,
+            best_accuracy=table.entries[-1].accuracy,
+            classes=len(self._servable.classes),
         )
         self.dispatcher.observers += [self.metrics, self.live, self.statistics]
 
@@ -515,12 +552,21 @@ SERVE = web.AppKey("serve", SuperServe)
 
 async def handle_predict(request: web.Request) -> web.Response:
     """POST /predict: one input, one answer."""
-    serve = request.app[SERVE]
-    arrival_s = serve.clock()
-    parameters = parse_parameters(request.query, request.headers, serve.limits())
-    body = await read_body(request, parameters.slo_s, serve.config.max_body_bytes)
-    decoded = await serve.decode(body, request.content_type)
-    return json_response((await serve.submit(decoded, arrival_s, parameters)).document())
+    serve, door = request.app[SERVE], request.app[DOOR]
+    let_in_s = door.let_in_s(request.protocol)
+    arrival_s = let_in_s or serve.clock()
+    try:
+        parameters = parse_parameters(request.query, request.headers, serve.limits())
+        if let_in_s is None:
+            serve.turn_away(arrival_s, parameters)
+        body = await read_body(request, parameters.slo_s, serve.config.max_body_bytes)
+        decoded = serve.decode_inline(body, request.content_type)
+        if decoded is None:
+            decoded = await serve.decode(body, request.content_type)
+    finally:
+        door.leave(request.protocol)
+    reply = await serve.submit(decoded, arrival_s, parameters)
+    return web.Response(body=reply.json().encode(), content_type="application/json")
 
 
 async def handle_healthz(_: web.Request) -> web.Response:
@@ -541,8 +587,10 @@ async def handle_profile(request: web.Request) -> web.Response:
 
 def make_app(config: Config) -> web.Application:
     """The HTTP application, also to mount in another; reads the profile now, gets ready in the background."""
+    access = startup.load_access(config)
     app = web.Application(middlewares=[json_errors], client_max_size=config.max_body_bytes)
     app[SERVE] = SuperServe(config)
+    add_uploads(app, Uploads(config.max_upload_bytes, config.body_timeout_s))
     app.router.add_post("/predict", handle_predict)
     app.router.add_get("/healthz", handle_healthz)
     app.router.add_get("/readyz", handle_readyz)
@@ -550,9 +598,11 @@ def make_app(config: Config) -> web.Application:
     add_metrics(app, app[SERVE].metrics)
     add_openapi(app, app[SERVE])
     add_live(app, Page(app[SERVE].live, app[SERVE].state, app[SERVE].about))
-    limits = StreamLimits(config.max_in_flight, config.max_body_bytes, config.drain_timeout_s)
+    limits = StreamLimits(config.max_in_flight, config.max_body_bytes, config.drain_timeout_s, config.body_timeout_s)
     add_stream(app, app[SERVE], limits)
     app.router.add_routes(OpenInference(app[SERVE]).routes())
+    add_access(app, access)
+    app[DOOR] = Door(app[SERVE], app[SERVE].metrics.count_response, keyed=access.keys is not None)
     app.cleanup_ctx.append(_lifespan)
     return app
 
@@ -579,19 +629,16 @@ async def serve_forever(config: Config) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     try:
-        site = web.TCPSite(runner, config.host, config.port, backlog=1024)
-        await site.start()
-        log_event("listening", url=site.name)
-        stopping = asyncio.create_task(stop.wait())
-        starting = app[SERVE].start_soon()
-        await asyncio.wait((stopping, starting), return_when=asyncio.FIRST_COMPLETED)
-        if starting.done():
-            starting.result()  # a failed start ends the server
-            gc.collect()
-            gc.freeze()  # what lives now lives on: collections need not look at it again
-            await _until(stopping, app[SERVE], config.summary_s)
-        log_event("draining")
-        await app[SERVE].close()
+        async with startup.opened(config, runner):
+            stopping = asyncio.create_task(stop.wait())
+            starting = app[SERVE].start_soon()
+            await asyncio.wait((stopping, starting), return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                starting.result()  # a failed start ends the server
+                startup.settle_garbage()
+                await _until(stopping, app[SERVE], config.summary_s)
+            log_event("draining")
+            await app[SERVE].close()
     finally:
         await runner.cleanup()
     log_event("stopped", **_outcomes(app[SERVE]))
@@ -617,41 +664,21 @@ def _outcomes(serve: SuperServe) -> dict[str, int]:
 # -------------------------------------------------------------------------------------------------------- command line
 
 
-class JsonLines(logging.Formatter):
-    """One JSON object a line: time, level, event, and the fields given to ``log_event``."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        line = {"time": self.formatTime(record), "level": record.levelname.lower(), "event": record.getMessage()}
-        line |= getattr(record, "fields", {})
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
-
-
-def report(findings: Sequence[Finding]) -> int:
-    """Print a line for each finding of ``--check``; the exit code."""
-    for finding in findings:
-        print(f"{finding.level}: {finding.text}")
-    return int(any(finding.level == "error" for finding in findings))
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """The server as a command; exits with 0 after a drain, EX_LOST for a new process, 1 where that would not help."""
     command = parse_arguments(arguments)
     if command.check:
-        sys.exit(report(startup.check(command.config)))
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonLines())
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+        sys.exit(startup.report(startup.check(command.config)))
+    start_log()
     # A batch is many short torch calls that each release the interpreter; the event loop would keep it for 5 ms.
-    sys.setswitchinterval(0.0005)
+    sys.setswitchinterval(0.0001)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(serve_forever(command.config))
     except (DeviceLostError, HungError) as error:
         log_event("ended", logging.ERROR, why=str(error), exit_code=EX_LOST)
         leave(EX_LOST)
-    except (ConfigError, ProfileError, SupernetError, slackfit.PolicyError, EngineError, OSError) as error:
+    except (ConfigError, AccessError, ProfileError, SupernetError, slackfit.PolicyError, EngineError, OSError) as error:
         sys.exit(f"superserve: {error}")
     leave(0)
 

@@ -7,11 +7,14 @@ a file ending in ``.partial`` behind, which nothing reads.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+LARGEST_TEXT = 64 * 2**20  # bytes of one document of a profile, which may come from anywhere
 
 
 @contextlib.contextmanager
@@ -37,3 +40,12 @@ def write_text(path: Path, text: str) -> None:
     """Write text in UTF-8, whole or not at all."""
     with replacing(path) as file:
         file.write(text.encode())
+
+
+def read_text(path: Path) -> str:
+    """The text of a document in UTF-8; OSError for what is no file (a pipe would never end) or far too large."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a file", str(path))
+    if path.stat().st_size > LARGEST_TEXT:
+        raise OSError(errno.EFBIG, f"larger than {LARGEST_TEXT} bytes", str(path))
+    return path.read_text(encoding="utf-8")

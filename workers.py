@@ -190,6 +190,41 @@ class Crew(Generic[Tool]):
             return self._open.pop(job, None) is not None
 
 
+class Hands:
+    """Threads without tools that do for an event loop what would hold it up; nothing waits for them without limit.
+
+    The event loop's own executor gives no such promise: its threads are waited for, at the latest at the end.
+    """
+
+    def __init__(self, size: int, name: str) -> None:
+        self._crew: Crew[None] = Crew(size, name, lambda: None)
+
+    async def do(self, work: Callable[[], Result]) -> Result:
+        """What ``work`` returns or raises; ClosedError if it did not end in time. At once where they are closed."""
+        try:
+            job = self._crew.run(_without_tool(work))
+        except ClosedError:
+            return work()  # nothing is left that it could hold up
+        return await job
+
+    def close(self, timeout_s: float) -> None:
+        """As Crew.close."""
+        self._crew.close(timeout_s)
+
+
+async def apart(*calls: Callable[[], object]) -> None:
+    """Make calls that wait for other threads, each on a thread of its own, at a time."""
+    crew: Crew[None] = Crew(len(calls), "apart", lambda: None)
+    try:
+        await asyncio.gather(*(crew.run(_without_tool(call)) for call in calls))
+    finally:
+        crew.close(0)
+
+
+def _without_tool(call: Callable[[], Result]) -> Callable[[None], Result]:
+    return lambda _: call()
+
+
 class _Watch:
     """Gives a job up when it has been running for its limit."""
 

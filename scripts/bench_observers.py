@@ -79,7 +79,7 @@ def batches() -> list[Batch]:
 
 def observe(observers: list[Observer], clock: Clock, work: list[Batch], rounds: int) -> float:
     """Seconds per query that the observers take."""
-    answers = [Answer(np.zeros(1, np.float32), batch.entry, BATCH, batch.started_s, 0.016) for batch in work]
+    answers = [Answer(np.zeros(1, np.float32), 0, batch.entry, BATCH, batch.started_s, 0.016) for batch in work]
     begin_s = time.thread_time()
     for _ in range(rounds):
         for batch, answer in zip(work, answers, strict=True):

@@ -100,12 +100,14 @@ class Search:
 
     def _recall(self) -> None:
         """Take up what an interrupted search found, as far as its statistics were saved."""
-        known = {subnet.name for subnet in self.servable.supernet.statistics}
+        supernet = self.servable.supernet
+        known = {subnet.name for subnet in supernet.statistics}
         lines = self._log.read_text().splitlines(keepends=True)
         whole = [line for line in lines if line.endswith("\n")]  # the last may be cut off
         write_text(self._log, "".join(whole))
         rows = [row for row in map(json.loads, whole) if row.keys() == Candidate.__dataclass_fields__.keys()]
-        self.found = {row["name"]: Candidate(**row) for row in rows if row["name"] in known}
+        all_known = not supernet.operators.subnet_norms  # there is nothing to save
+        self.found = {row["name"]: Candidate(**row) for row in rows if all_known or row["name"] in known}
 
     def look_at(self, subnet: Subnet) -> Candidate:
         """Calibrate and measure a subnet, unless that was done before."""

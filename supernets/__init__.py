@@ -10,7 +10,7 @@ from torch import nn
 
 from operators import Elastic
 from subnets import Space, SubnetSpace
-from supernets import bert, ofa_mobilenet, ofa_resnet, resnet
+from supernets import bert, ofa_mobilenet, ofa_resnet, resnet, timm_models
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,7 @@ FAMILIES = {
     "ofa_mobilenet": Family(ofa_mobilenet.OfaMobileNet, ofa_mobilenet.OfaMobileNetSpace, ofa_mobilenet.elastic),
     "ofa_resnet": Family(ofa_resnet.OfaResNet, ofa_resnet.OfaResNetSpace, ofa_resnet.elastic),
     "resnet": Family(resnet.ResNet, SubnetSpace, resnet.STAGES),
+    "timm": Family(timm_models.TimmNetwork, SubnetSpace, timm_models.elastic),
 }
 
 

@@ -4,18 +4,21 @@ import asyncio
 import io
 import math
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from aiohttp import web
 from aiohttp.test_utils import TestServer
 from numpy.typing import NDArray
 from PIL import Image
 
 import slackfit
+import startup
 from config import Config
 from engine import DeviceFacts, Engine, Held, Outputs
 from servable import InputSpec, create_servable, load_servable, save_servable
@@ -201,15 +204,15 @@ async def turns_until(condition: Callable[[], object]) -> None:
 class Served:
     """A server on a thread of its own, for a client in another process."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **settings: Any) -> None:
         self.url = ""
-        self._folder = folder
+        self._config = config_of(folder, **settings)
         self._listening = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
 
     async def _serve(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        app = make_app(config_of(self._folder))
+        app = make_app(self._config)
         async with TestServer(app) as server:
             await app[SERVE].start_soon()
             self.url = str(server.make_url("")).rstrip("/")
@@ -229,3 +232,17 @@ class Served:
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._stop.set)
             self._thread.join(60)
+
+
+@asynccontextmanager
+async def listening_app(config: Config, app: web.Application | None = None) -> AsyncIterator[str]:
+    """The URL of a server that listens as the command does, limits on connections and TLS included."""
+    app = make_app(config) if app is None else app
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1)
+    await runner.setup()
+    try:
+        await app[SERVE].start_soon()
+        async with startup.opened(replace(config, port=0), runner) as url:
+            yield url
+    finally:
+        await runner.cleanup()

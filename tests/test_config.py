@@ -47,10 +47,13 @@ def test_every_setting_has_a_flag_that_sets_it() -> None:
         "profile": Path("elsewhere"), "host": "::1", "port": 1, "device": "cpu", "policy": "slackfit:4", "workers": 2,
         "threads": 3, "margin": 0.5, "max_queue": 4, "default_slo_ms": 5.5, "max_slo_ms": 60.0, "max_body_bytes": 7,
         "max_pixels": 8, "max_in_flight": 9, "table_dir": Path("tables"), "drain_timeout_s": 9.5, "summary_s": 10.5,
-        "hang_timeout_s": 11.5, "memory_budget": "2.5x",
+        "hang_timeout_s": 11.5, "memory_budget": "2.5x", "api_key_file": Path("keys"), "tls_cert": Path("cert.pem"),
+        "tls_key": Path("key.pem"), "allow_origin": "https://example.com", "max_connections": 12,
+        "max_header_bytes": 4096, "max_upload_bytes": 13, "header_timeout_s": 14.5, "body_timeout_s": 15.5,
+        "idle_timeout_s": 16.5, "max_queue_bytes": 17,
     }  # fmt: skip
-    switches = ["autoprofile", "correction"]
-    arguments = ["--no-" + name for name in switches]
+    switches = ["autoprofile", "correction", "open_metrics"]
+    arguments = ["--no-" + name.replace("_", "-") for name in switches]
     for name, value in given.items():
         arguments += ["--" + name.replace("_", "-"), str(value)]
     assert {field.name for field in dataclasses.fields(Config)} == {*given, *switches}
@@ -64,7 +67,7 @@ def test_every_setting_has_a_flag_that_sets_it() -> None:
         (["--workers", "two"], "--workers"),
         (["--prot", "1"], "unknown argument --prot; did you mean '--port'?"),
         (["--po", "1"], "unknown argument --po; did you mean '--port'?"),
-        (["8000"], "unknown argument 8000; known: --autoprofile, --check, --config, "),
+        (["8000"], "unknown argument 8000; known: --allow-origin, --api-key-file, --autoprofile, "),
         (["--default-slo-ms", "nan"], "default_slo_ms must be between"),
     ],
 )
@@ -144,7 +147,7 @@ BAD_FILES = {
     "prot = 1": "unknown key 'prot'; did you mean 'port'?",
     "max-quue = 1": "unknown key 'max-quue'; did you mean 'max_queue'?",
     "no-autoprofile = true": "unknown key 'no-autoprofile'; did you mean 'autoprofile'?",
-    "check = true": "unknown key 'check'; known: autoprofile, correction, ",
+    "check = true": "unknown key 'check'; known: allow_origin, api_key_file, autoprofile, ",
     "[server]\nport = 1": "unknown key 'server'",
     'port = "1"': "port must be a whole number, not a string",
     "port = 1.0": "port must be a whole number, not 1.0",

@@ -52,7 +52,8 @@ def test_the_unit_starts_the_server_with_flags_that_it_has() -> None:
 def test_the_unit_gives_a_drain_the_time_that_it_may_take() -> None:
     service = unit()
     assert service["KillSignal"] == "SIGTERM"
-    assert int(service["TimeoutStopSec"]) > 3 * Config().drain_timeout_s
+    longest_s = Config().drain_timeout_s + 15  # docs/survival.md
+    assert int(service["TimeoutStopSec"]) >= longest_s
     assert service["Restart"] == "on-failure"
     assert f"code {superserve.EX_LOST} " in (ROOT / "deploy" / "superserve.service").read_text(encoding="utf-8")
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import serving
-from hypothesis import settings
+from conftest import table_of
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -20,6 +24,7 @@ from hypothesis.stateful import (
 )
 from serving import Clock, make_query, slot_of
 
+import dispatcher as dispatcher_module
 from dispatcher import Answer, Batch, Dispatcher, Query
 from slackfit import ProfileTable, make_policy
 from web.errors import BatchFailed, DeadlineExceeded, NotReady, QueueFull
@@ -203,7 +208,9 @@ class World(RuleBasedStateMachine):
             ended = sum(count for name, count in counters.items() if name != "arrivals")
             assert counters["arrivals"] == self.ledger.arrivals == len(self.queries)
             assert ended == len(self.ledger.outcomes)
-            assert len(self.dispatcher.heap) == sum(query.waiting for query in self.queries) <= MAX_QUEUE
+            waiting = [query for query in self.queries if query.waiting]
+            assert len(self.dispatcher.heap) == len(waiting) <= MAX_QUEUE
+            assert self.dispatcher.heap.nbytes == sum(query.input.nbytes for query in waiting)
 
     def teardown(self) -> None:
         """Everything comes to its end; then every query has had exactly one."""
@@ -280,3 +287,166 @@ def test_what_is_planned_for_a_batch_includes_slowdown_and_margin(table: Profile
     dispatcher.slowdown = 2.0
     batch = Batch(entry=table.fastest, queries=(make_query(clock), make_query(clock)), started_s=clock())
     assert dispatcher.planned_s(batch) == pytest.approx(3 * table.fastest.latency_s[2])
+
+
+# ----------------------------------------------------------------------------------------------------------- admission
+
+# Latencies in milliseconds at batches of 1, 2 and 4; the second entry is the slower one.
+SIZES, LATENCIES_MS = (1, 2, 4), (2.0, 3.0, 5.0)
+SMALL = table_of(SIZES, (0.7, LATENCIES_MS), (0.9, (4.0, 6.5, 11.0)))
+
+
+def all_in_time(deadlines_s: Sequence[float], free_s: Sequence[float], latency_s: Sequence[float]) -> bool:
+    """Whether all queries can be answered by their deadlines, by trying every way to batch them, in their order."""
+    if not deadlines_s:
+        return True
+    for worker, start_s in enumerate(free_s):
+        for size in range(1, min(len(deadlines_s), len(latency_s) - 1) + 1):
+            end_s = start_s + latency_s[size]
+            others_s = [*free_s[:worker], end_s, *free_s[worker + 1 :]]
+            if end_s <= deadlines_s[0] + 1e-9 and all_in_time(deadlines_s[size:], others_s, latency_s):
+                return True
+    return False
+
+
+def judged(workers: int, running: Sequence[int], slos_ms: Sequence[float], slo_ms: float) -> tuple[bool, bool]:
+    """Whether one more query is accepted behind those that run and wait, and whether all could be served with it."""
+    clock = Clock()
+    dispatcher = Dispatcher(SMALL, make_policy("fixed:e0", SMALL, workers), clock, workers=workers, max_queue=100)
+    free_s = [clock()] * workers
+    for worker, size in enumerate(running[:workers]):
+        for _ in range(size):
+            dispatcher.submit(make_query(clock, 1000))
+        assert dispatcher.next_batch() is not None
+        free_s[worker] += SMALL.fastest.latency_s[size]
+        assert not dispatcher.heap
+    waiting = [make_query(clock, each_ms) for each_ms in slos_ms]
+    for query in waiting:
+        dispatcher.heap.push(query)
+    newcomer = make_query(clock, slo_ms)
+    urgent_s = sorted(query.deadline_s for query in waiting if query.deadline_s <= newcomer.deadline_s)
+    feasible = all_in_time([*urgent_s, newcomer.deadline_s], free_s, SMALL.fastest.latency_s)
+    return dispatcher.refusal(newcomer, clock()) is None, feasible
+
+
+slos = st.sampled_from([2.0, 3.0, 4.5, 5.0, 7.0, 8.0, 10.0, 12.0, 15.0])
+
+
+@given(
+    workers=st.integers(1, 2), running=st.lists(st.sampled_from(SIZES), max_size=2), waiting=st.lists(slos, max_size=6),
+    slo_ms=slos,
+)  # fmt: skip
+def test_no_query_is_refused_that_could_be_served_with_all_those_ahead(
+    workers: int, running: list[int], waiting: list[float], slo_ms: float
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatcher_module, "AHEAD", 1.0)  # stricter than the server
+        accepted, feasible = judged(workers, running, waiting, slo_ms)
+    assert accepted or not feasible
+
+
+@pytest.mark.slow
+def test_no_query_is_refused_that_could_be_served_in_any_of_many_small_worlds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatcher_module, "AHEAD", 1.0)
+    found: Counter[tuple[bool, bool]] = Counter()
+    choices = (3.0, 5.0, 8.0, 11.0)
+    for workers, running, count in itertools.product((1, 2), ((), (1,), (4,), (4, 2)), range(6)):
+        for waiting in itertools.combinations_with_replacement(choices, count):
+            for slo_ms in choices:
+                found[judged(workers, running, waiting, slo_ms)] += 1
+    assert found[False, True] == 0
+    assert found[False, False] > 100, "some are refused"
+    assert found[True, True] > 100
+
+
+def test_a_query_behind_too_many_is_refused_at_once_and_told_so() -> None:
+    clock = Clock()
+    dispatcher = Dispatcher(SMALL, make_policy("fixed:e0", SMALL), clock, workers=1, max_queue=100)
+    # Four batches of 4 fit into 20 ms, and twice as many queries may wait.
+    for _ in range(32):
+        dispatcher.submit(make_query(clock, 20))
+    with pytest.raises(DeadlineExceeded, match="too many queries are ahead") as refused:
+        dispatcher.submit(make_query(clock, 20))
+    assert refused.value.details == {"slo_ms": 20, "predicted_ms": None, "queue_depth": 32}
+    dispatcher.submit(make_query(clock, 10))  # these are ahead of those
+    dispatcher.submit(make_query(clock, 25))  # and here is time for more
+    assert dispatcher.counters == {"arrivals": 35, "infeasible": 1}
+
+
+def test_what_runs_takes_time_from_what_waits_until_it_ends() -> None:
+    clock = Clock()
+    dispatcher = Dispatcher(SMALL, make_policy("fixed:e0", SMALL), clock, workers=1, max_queue=100)
+    for _ in range(4):
+        dispatcher.submit(make_query(clock, 20))
+    batch = dispatcher.next_batch()
+    assert batch is not None
+    for _ in range(24):  # 15 ms are left
+        dispatcher.submit(make_query(clock, 20))
+    newcomer = make_query(clock, 20)
+    refusal = dispatcher.refusal(newcomer, clock())
+    assert refusal is not None
+    assert refusal.outcome == "infeasible"
+    clock.now_s += 0.003  # sooner than planned
+    dispatcher.settle(batch, serving.outputs_for(4, clock()))
+    assert dispatcher.refusal(newcomer, clock()) is None
+
+
+def test_a_query_is_turned_away_before_its_input_is_there_and_counted_only_then() -> None:
+    clock, ledger = Clock(), Ledger()
+    dispatcher = Dispatcher(SMALL, make_policy("fixed:e0", SMALL), clock, workers=1, max_queue=1)
+    dispatcher.observers.append(ledger)
+    dispatcher.turn_away(clock(), 1.0, 0.9, 10**9)
+    assert (dispatcher.counters, ledger.arrivals) == ({}, 0)
+    with pytest.raises(DeadlineExceeded):
+        dispatcher.turn_away(clock(), 0.003, 0.9, 0)  # 2 ms would do for the first entry
+    dispatcher.turn_away(clock(), 0.003, 0.7, 0)
+    dispatcher.submit(make_query(clock))
+    with pytest.raises(QueueFull):
+        dispatcher.turn_away(clock(), 1.0, 0.0, 0)
+    assert dispatcher.counters == {"arrivals": 3, "infeasible": 1, "queue_full": 1}
+    assert (ledger.arrivals, sorted(ledger.outcomes.values())) == (3, ["infeasible", "queue_full"])
+
+
+def test_the_queue_is_full_when_inputs_take_more_bytes_than_they_may() -> None:
+    clock = Clock()
+    dispatcher = Dispatcher(
+        SMALL, make_policy("fixed:e0", SMALL), clock, workers=1, max_queue=100, max_queue_bytes=2000
+    )
+
+    def ask(nbytes: int) -> Query:
+        query = Query(input=np.zeros(nbytes, np.uint8), arrival_s=clock(), slo_s=1.0, reply=serving.Slot())
+        dispatcher.submit(query)
+        return query
+
+    first = ask(1200)
+    with pytest.raises(QueueFull, match=r"the queue is full \(2000 bytes\)"):
+        ask(801)
+    second = ask(800)
+    dispatcher.cancel(first)
+    ask(1200)
+    dispatcher.cancel(second)
+    assert dispatcher.heap.nbytes == 1200
+    clock.now_s += 2
+    dispatcher.expire()
+    ask(3000)  # alone, as it would never have a place else
+    with pytest.raises(QueueFull):
+        ask(1)
+    assert dispatcher.heap.nbytes == 3000
+
+
+def test_retry_after_is_when_half_of_the_queue_is_done_or_due() -> None:
+    clock = Clock()
+    slow = table_of((1,), (0.7, (400.0,)))
+
+    def retry_after_s(count: int, slo_ms: float) -> int | None:
+        dispatcher = Dispatcher(slow, make_policy("fixed:e0", slow), clock, workers=1, max_queue=count)
+        for _ in range(count):
+            dispatcher.submit(make_query(clock, slo_ms))
+        with pytest.raises(QueueFull) as refused:
+            dispatcher.submit(make_query(clock, slo_ms))
+        return refused.value.retry_after_s
+
+    assert retry_after_s(2, 60_000) == 1
+    assert retry_after_s(30, 60_000) == 6
+    assert retry_after_s(30, 7000) == 6
+    assert retry_after_s(10, 2500) == 2

@@ -203,6 +203,12 @@ def test_the_package_holds_every_module() -> None:
     assert sorted(listed) == sorted(path.stem for path in ROOT.glob("*.py"))
 
 
+def test_no_aiohttp_is_allowed_that_inflates_without_limit() -> None:
+    (lowest,) = re.findall(r"^aiohttp>=([\d.]+)", "\n".join(PROJECT["project"]["dependencies"]), re.MULTILINE)
+    # Fixed in 3.13.3 (CVE-2025-69223), 3.14.1 (PYSEC-2026-2111) and 3.14.4 (CVE-2026-128131).
+    assert tuple(map(int, lowest.split("."))) >= (3, 14, 4)
+
+
 def test_requirements_lie_in_the_ranges_of_the_package() -> None:
     lowest = dict(re.findall(r"^([a-z-]+)>=([\d.]+)", "\n".join(PROJECT["project"]["dependencies"]), re.MULTILINE))
     pinned = dict(re.findall(r"^([a-z-]+)==([\d.]+)", source_of(ROOT / "requirements.txt"), re.MULTILINE))

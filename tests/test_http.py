@@ -226,15 +226,17 @@ BAD: dict[str, tuple[str, str, bytes, dict[str, str], int, str]] = {
     "unknown encoding": ("POST", "/predict", b"x", RAW | {"Content-Encoding": "br"}, 501, "'br' .* known: gzip, defl"),
     "body too large": ("POST", "/predict", bytes(BODY_LIMIT + 1), RAW, 413, "larger than"),
     "not JSON": ("POST", "/predict", b"{", JSON, 400, "not JSON"),
-    "deep JSON": ("POST", "/predict", b"[" * 100_000, JSON, 400, "not JSON"),
+    "deep JSON": ("POST", "/predict", b"[" * 1300, JSON, 400, "not JSON"),
+    "much JSON": ("POST", "/predict", b"[" * 100_000, JSON, 413, "100000 bytes of JSON; at most 71680 are read"),
+    "tensor absurd": ("POST", "/predict", np.full(192, 1e30, "<f4").tobytes(), RAW, 400, "from -1000 to 1000"),
     "JSON of another shape": ("POST", "/predict", b'{"inputs": [1]}', JSON, 400, r"shape \(1,\)"),
     "a form": ("POST", "/predict", b"a=b", {"Content-Type": "application/x-www-form-urlencoded"}, 415, "3 bytes"),
     "text": ("POST", "/predict", b"cat", {"Content-Type": "text/plain"}, 415, "text/plain"),
     "wrong method": ("GET", "/predict", b"", {}, 405, "GET is not allowed for /predict; allowed: POST"),
     "other method": ("DELETE", "/readyz", b"", {}, 405, "allowed: GET,HEAD"),
     "options": ("OPTIONS", "/predict", b"", {}, 405, "OPTIONS"),
-    "unknown route": ("POST", "/classify", b"", {}, 404, "/classify; known: /healthz, /predict, /profile, /readyz"),
-    "root": ("GET", "/", b"", {}, 404, "no route /"),
+    "unknown route": ("POST", "/classify", b"", {}, 404, "no route /classify; known: /, /healthz,"),
+    "route below another": ("GET", "/predict/cat", b"", {}, 404, "no route /predict/cat"),
 }
 REASONS = {
     400: "bad_request", 404: "not_found", 405: "method_not_allowed", 413: "too_large", 415: "unsupported_media_type",
@@ -471,7 +473,7 @@ async def test_the_application_can_be_mounted_in_another(config: Config) -> None
         _, document = await error_of(await running.client.get("/vision/predict"))
         assert document["error"] == "GET is not allowed for /vision/predict; allowed: POST"
         _, document = await error_of(await running.client.get("/vision/nothing"))
-        assert "known: /vision/healthz, /vision/predict" in document["error"]
+        assert "known: /vision/, /vision/healthz, " in document["error"]
         status, _ = await error_of(await running.client.post("/vision/predict", data=b"x"))
         assert status == 400
         assert (await running.client.post("/predict")).status == 404

@@ -15,7 +15,17 @@ from PIL import Image
 from serving import image_file
 
 from web.errors import BadRequest, TooLarge, UnsupportedMedia
-from web.inputs import IMAGE_FORMATS, Limits, Parameters, check_array, decode, parse_parameters
+from web.inputs import (
+    IMAGE_FORMATS,
+    LARGEST_VALUE,
+    Limits,
+    Parameters,
+    PixelBudget,
+    check_array,
+    decode,
+    decode_image,
+    parse_parameters,
+)
 
 MAX_PIXELS = 1_000_000
 
@@ -85,6 +95,19 @@ def test_a_tensor_that_is_not_finite_is_refused(value: float) -> None:
         read(broken.tobytes())
     with pytest.raises(BadRequest, match="not finite"):
         check_array(broken, SHAPE)
+
+
+@pytest.mark.parametrize("value", [LARGEST_VALUE, -LARGEST_VALUE, LARGEST_VALUE * 1.01, -1e30])
+def test_a_tensor_that_no_image_could_become_is_refused(value: float) -> None:
+    tensor = PLANES.copy()
+    tensor[1, 2, 3] = value
+    if abs(value) <= LARGEST_VALUE:
+        assert np.array_equal(read(tensor.tobytes()), tensor)
+        return
+    reads = (lambda: read(tensor.tobytes()), lambda: check_array(tensor, SHAPE), lambda: from_json(tensor.tolist()))
+    for refused in reads:
+        with pytest.raises(BadRequest, match=r"values as large as .*; normalised ones are from -1000 to 1000"):
+            refused()
 
 
 def test_a_form_that_is_no_image_is_an_unsupported_type() -> None:
@@ -184,6 +207,15 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(width: int, height
         read(png_header(width, height), "image/png")
 
 
+def test_the_images_of_one_request_share_its_pixels() -> None:
+    budget = PixelBudget(1000)
+    for _ in range(2):
+        assert decode_image(image_file("PNG", (20, 20)), SHAPE, budget).shape == (8, 8, 3)
+    with pytest.raises(TooLarge, match=r"20x20 pixels; at most 1000 pixels are .* for one request, and 200 are left"):
+        decode_image(image_file("PNG", (20, 20)), SHAPE, budget)
+    assert decode_image(image_file("PNG", (20, 10)), SHAPE, budget).shape == (8, 8, 3)
+
+
 def test_the_photograph_s_other_exif_data_do_not_matter() -> None:
     exif = Image.Exif()
     exif[0x0112], exif[0x010F], exif[0x011A] = 6, "maker", 72.0
@@ -224,20 +256,21 @@ def test_json_pixels_and_json_planes_are_told_apart_by_shape() -> None:
     [
         (b"{", "not JSON"),
         (b"\xff\xfe{", "not JSON"),
-        (b"[" * 100_000, "not JSON"),
-        (b'{"inputs":' * 5000, "not JSON"),
+        (b"[" * 1300, "not JSON"),
+        (b'{"inputs":' * 1300, "not JSON"),
         (b"[1]", "found list"),
         (b"null", "found NoneType"),
         (b'{"image": []}', "found keys image"),
         (b'{"inputs": [], "slo_ms": 5}', "found keys inputs, slo_ms"),
-        (b'{"inputs": "cat"}', "not a tensor"),
-        (b'{"inputs": {"a": 1}}', "not a tensor"),
-        (b'{"inputs": [[1], [1, 2]]}', "not a tensor"),
-        (b'{"inputs": ' + b"[" * 500 + b"]" * 500 + b"}", "not a tensor"),
-        (b'{"inputs": 1' + b"0" * 400 + b"}", "not a tensor"),
+        (b'{"inputs": "cat"}', "must be a list, not \"cat\""),
+        (b'{"inputs": {"a": 1}}', "must be a list, not an object"),
+        (b'{"inputs": [{"a": 1}]}', "no tensor of numbers"),
+        (b'{"inputs": [[1], [1, 2]]}', "no tensor of numbers"),
+        (b'{"inputs": ' + b"[" * 500 + b"]" * 500 + b"}", "no tensor of numbers"),
+        (b'{"inputs": [1' + b"0" * 400 + b"]}", "no tensor of numbers"),
         (b'{"inputs": 1' + b"0" * 9000 + b"}", "not JSON"),
         (b'{"inputs": []}', r"shape \(0,\); expected \(8, 8, 3\) .* or \(3, 8, 8\)"),
-        (b'{"inputs": 5}', r"shape \(\)"),
+        (b'{"inputs": 5}', "must be a list, not 5"),
     ],
 )
 def test_json_of_another_form_is_told_what_is_expected(body: bytes, named: str) -> None:
@@ -258,8 +291,14 @@ def test_json_pixels_are_whole_numbers_from_0_to_255(value: float) -> None:
 def test_json_truths_and_texts_are_no_numbers(form: np.ndarray[Any, Any], value: object) -> None:
     inputs = np.zeros(form.shape).tolist()
     inputs[0][1][2] = value
-    with pytest.raises(BadRequest, match="not a tensor of numbers"):
+    with pytest.raises(BadRequest, match="no tensor of numbers"):
         from_json(inputs)
+
+
+def test_json_that_cannot_be_one_input_is_refused_by_its_bytes() -> None:
+    for body in (b" " * (64 * 1024 + 32 * 192 + 1), b'{"inputs": [' + b"[]," * 2000 + b"[]]}"):
+        with pytest.raises(TooLarge, match="192 values"):
+            read(body, "application/json")
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), 1e300, -1e39])

@@ -388,3 +388,18 @@ def test_the_page_fits_a_phone_and_notices_that_the_server_is_gone(profile: Path
         served.stop()
         page.locator("#status[data-state=unreachable]").wait_for()
         page.get_by_text("The server cannot be reached.").wait_for()
+
+
+@pytest.mark.slow
+def test_the_page_takes_a_key_from_its_address_and_hides_it(profile: Path, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("a-key-of-the-page-1\n", encoding="utf-8")
+    with Served(profile, api_key_file=tmp_path / "keys") as served, browsing(served.url) as (page, complaints):
+        page.get_by_text("This server asks for an API key that it knows").wait_for()
+        assert page.locator("#status").inner_text() == "needs a key"
+        page.evaluate("location.hash = 'key=a-key-of-the-page-1'")
+        page.locator("#status[data-state=ready]").wait_for()
+        assert "key" not in page.url
+        page.locator("#file").set_input_files(ROOT / "examples" / "cat.jpg")
+        page.locator("#send").click()
+        page.locator("#answer .facts").wait_for()
+        assert [text for text in complaints if "401" not in text] == []

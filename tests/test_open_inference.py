@@ -40,7 +40,7 @@ from serving import (
 from tritonclient.utils import InferenceServerException, serialize_byte_tensor
 
 from config import Config
-from superserve import SERVE, SuperServe, make_app
+from superserve import ASIDE, SERVE, SuperServe, make_app
 
 ROWS = 5
 PIXELS = np.stack([image_array(seed) for seed in range(ROWS)])
@@ -634,8 +634,20 @@ TWICE = with_input(parameters={"binary_data_size": 0})
 BAD: dict[str, tuple[bytes, dict[str, str], int, str]] = {
     "empty": (b"", {}, 400, "the request is not JSON"),
     "no JSON": (b"{", {}, 400, "the request is not JSON"),
-    "deep JSON": (b"[" * 100_000, {}, 400, "the request is not JSON"),
-    "no object": (b"[]", {}, 400, r"the request must be an object, not \[\]"),
+    "deep JSON": (b"[" * 20_000, {}, 400, "the request is not JSON"),
+    "many lists": (b"[" + b"[]," * 50_000 + b"[]]", {}, 413, "50002 lists .* at most 12288 values are read"),
+    "more JSON than belongs to binary data": (
+        BINARY + b" " * 70_000 + bytes(192), {LENGTH: str(len(BINARY) + 70_000)}, 413, "at most 65536 are read",
+    ),
+    "no object": (b"[]", {}, 400, "the request must be an object, not a list"),
+    "texts for numbers": (with_input(data=["1"] * 192), {}, 400, "texts are none"),
+    "truths for numbers": (with_input(data=[True] * 192), {}, 400, "true, false"),
+    "absurd numbers": (planes_with(1e30), {}, 400, "row 0 of 'input': .* from -1000 to 1000"),
+    "shape of all kinds of things": (with_input(shape={"a": [[[]]]}), {}, 400, "shape of 'input' must be a list"),
+    "too many pixels altogether": (
+        *packed(*(image_file("PNG", (700, 700)) for _ in range(3))), 413,
+        "row 2 of 'input': an image of 700x700 .* 1000000 pixels are decoded for one request, and 20000 are left",
+    ),
     "unknown member": (b'{"input": []}', {}, 400, "unknown 'input' in the request; known: id, model_name"),
     "another model": (json_body(PIXELS[:1], model_name="x"), {}, 400, 'model_name is "x"'),
     "id that is no string": (json_body(PIXELS[:1], id=5), {}, 400, "id must be a string, not 5"),
@@ -709,6 +721,18 @@ async def test_bad_requests_are_named_and_harm_nobody(strict: Background, name: 
     assert (await ask(strict, GOOD)).status == 200
 
 
+async def test_large_answers_are_encoded_aside(profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("web.infer_answers.INLINE_VALUES", 10)
+    async with faking(config_of(profile)) as running:
+        running.gate.set()
+        before = {thread.ident for thread in threading.enumerate() if thread.name == "aside"}
+        small = await (await running.infer(2)).json()
+        assert {thread.ident for thread in threading.enumerate() if thread.name == "aside"} == before
+        large = await (await running.infer(3)).json()
+        assert {thread.ident for thread in threading.enumerate() if thread.name == "aside"} != before
+    assert small["outputs"][0]["data"] * 3 == large["outputs"][0]["data"] * 2
+
+
 async def test_an_encoding_that_is_not_read_is_told_those_that_are(server: Background) -> None:
     answer = await ask(server, GOOD, {"Content-Encoding": "br"})
     assert answer.headers["Accept-Encoding"] == "gzip, deflate"
@@ -749,6 +773,7 @@ ELSEWHERE = {
     "wrong method": ("GET", INFER, b"", 405, "GET is not allowed"),
     "index no JSON": ("POST", "/v2/repository/index", b"{", 400, "the body is not JSON"),
     "index unknown": ("POST", "/v2/repository/index", b'{"x": 1}', 400, "no member but 'ready'"),
+    "index too large": ("POST", "/v2/repository/index", b" " * 70_000, 413, "at most 65536 are read"),
     "index no flag": ("POST", "/v2/repository/index", b'{"ready": 1}', 400, "ready must be true or false"),
     "load unknown": ("POST", "/v2/repository/models/tiny/load", b"[]", 400, "no member but 'parameters'"),
 }
@@ -906,6 +931,20 @@ async def test_before_it_is_ready_a_server_says_so_everywhere(profile: Path) -> 
         gate.set()
         await app[SERVE].start_soon()
         assert (await client.get("/v2/models/tiny/versions/1/ready")).status == 200
+
+
+async def test_rows_that_are_decoded_too_late_are_counted_as_refused(profile: Path) -> None:
+    async with faking(config_of(profile)) as running:
+        release = threading.Event()
+        busy = [asyncio.create_task(running.serve.aside(release.wait)) for _ in range(ASIDE)]
+        body, headers = packed(*[image_file("PNG", (600, 500))] * 3)
+        late = asyncio.create_task(running.client.post(f"{INFER}?slo_ms=50", data=body, headers=headers))
+        arrived_s = running.serve.clock()
+        await turns_until(lambda: running.serve.clock() > arrived_s + 0.2)
+        release.set()
+        assert await error_of(await late) == (504, "deadline")
+        assert running.counters == {"arrivals": 1, "infeasible": 1}
+        await asyncio.gather(*busy)
 
 
 async def test_statistics_count_what_was_served(profile: Path) -> None:

@@ -101,6 +101,10 @@ async def test_the_figures_of_the_live_page_are_those_described(
 ) -> None:
     live = await (await client.get("/live")).json()
     assert set(FIGURES) | {"span_s"} == live["recent"].keys()
+    script = await (await client.get("/static/app.js")).text()
+    columns = re.search(r"^const COLUMNS = \[(.*)\];$", script, re.MULTILINE)
+    assert columns is not None
+    assert set(re.findall(r'"(\w+)"', columns[1])) <= set(FIGURES)
 
 
 # --------------------------------------------------------------------------------------------------------- schemathesis

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import pickle
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -357,6 +360,62 @@ def test_pickled_objects_are_not_loaded(folder: Path, file: str) -> None:
     name = WEIGHT if file == "weights.npz" else SMALLEST
     change_arrays(folder, file, lambda arrays: arrays.update({name: np.array([Trap()], dtype=object)}))
     assert "allow_pickle=False" in refusal(folder, file)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_that_is_a_pickle_is_not_loaded(folder: Path, file: str) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return pytest.fail, ("executed",)
+
+    (folder / file).write_bytes(pickle.dumps(Trap()))
+    refusal(folder, file)
+
+
+@pytest.mark.parametrize("file", FILES[1:])
+def test_a_small_archive_that_unpacks_to_a_huge_one_is_refused_unread(folder: Path, file: str) -> None:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (2**28,)})
+    with zipfile.ZipFile(folder / file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        with archive.open(f"{WEIGHT}.npy", "w") as member:
+            member.write(header.getvalue())
+            for _ in range(64):
+                member.write(bytes(2**20))
+        for info in archive.filelist:  # it says in its directory that it is as large as the array
+            info.file_size = 2**31
+    tracemalloc.start()
+    message = refusal(folder, file)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert "not of this network" in message
+    assert peak < 2**24
+
+
+@pytest.mark.parametrize("file", FILES[1:])
+def test_an_array_that_claims_more_than_there_is_is_refused(folder: Path, file: str) -> None:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (2**40,)})
+    with zipfile.ZipFile(folder / file, "w") as archive:
+        archive.writestr("x.npy", header.getvalue())
+    refusal(folder, file)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_what_is_no_file_is_refused_and_not_waited_for(folder: Path, file: str) -> None:
+    (folder / file).unlink()
+    os.mkfifo(folder / file)
+    assert "not a file" in refusal(folder, file)
+
+
+def test_names_in_a_profile_lead_to_no_file_elsewhere(folder: Path) -> None:
+    for name in ("../../etc/passwd", "/etc/passwd", "..\\x"):
+        change_arrays(folder, "norms.npz", lambda arrays, name=name: arrays.update({name: arrays[SMALLEST]}))
+        assert "is no subnet name" in refusal(folder, "norms.npz")
+        change_arrays(folder, "norms.npz", lambda arrays, name=name: arrays.pop(name))
+        change_document(folder, lambda document, name=name: document.update(family=name))
+        assert "unknown family" in refusal(folder, "supernet.json")
+        change_document(folder, lambda document: document.update(family="resnet"))
+
 
 
 @pytest.mark.parametrize("file", FILES[1:])

@@ -446,6 +446,22 @@ def test_clearfit_plans_a_batch_on_each_worker(table: ProfileTable) -> None:
     assert together[1] > "s1"
 
 
+@pytest.mark.parametrize("spec", ["clearfit", "pacefit", "halfslo"])
+def test_a_policy_with_fewer_workers_left_decides_as_one_made_for_them(table: ProfileTable, spec: str) -> None:
+    left, alone, fleet = make_policy(spec, table, 8), make_policy(spec, table, 1), make_policy(spec, table, 8)
+    left.resize(1)
+    queue = queue_of(*[36.0] * 12)
+    assert run(left, queue) == run(alone, queue) != run(fleet, queue)
+
+
+@pytest.mark.parametrize("spec", ["clearfit", "pacefit"])
+def test_where_rows_cross_what_fits_for_one_query_is_run(spec: str) -> None:
+    table = table_of((1, 8), (0.7, (2.0, 20.0)), (0.8, (6.0, 17.0)))
+    decision = decide(make_policy(spec, table), queue_of(*[3.0] * 8))
+    assert decision.entry is table.fastest
+    assert decision.batch_size == 1
+
+
 def test_pacefit_decides_as_the_reference_of_the_study(table: ProfileTable) -> None:
     shared = Path(__file__).parents[2] / "shared"
     if not (shared / "pacefit_reference.py").exists():

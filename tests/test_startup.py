@@ -15,6 +15,7 @@ import slackfit
 import startup
 import superserve
 from config import Config
+from servable import load_servable
 from slackfit import DeviceMismatch, Latencies, PolicyError
 from startup import Finding, TableFile, check, check_policy
 from superserve import SuperServe
@@ -80,7 +81,7 @@ def test_a_table_is_found_in_the_table_folder_then_in_the_profile(own: Path, tmp
     config = config_of(own, table_dir=tmp_path / "new" / "tables", autoprofile=False)
     assert SuperServe(config).dispatcher is not None  # from the profile
     file = table_file(config)
-    assert file.path.parent == config.table_dir
+    assert file.path.parent.parent == config.table_dir
     flat_s = (0.001,) * len(startup.PROFILED_BATCH_SIZES)
     file.store(dict.fromkeys(latencies(), Latencies(p50_s=flat_s, p99_s=flat_s)))
     assert file.load().batch_sizes == startup.PROFILED_BATCH_SIZES  # from the table folder
@@ -89,6 +90,17 @@ def test_a_table_is_found_in_the_table_folder_then_in_the_profile(own: Path, tmp
     of_another_device(table_of(own))
     with pytest.raises(DeviceMismatch, match=str(own)):
         file.load()
+
+
+def test_profiles_that_share_a_table_folder_do_not_find_each_others_tables(own: Path, tmp_path: Path) -> None:
+    config = config_of(own, table_dir=tmp_path / "tables")
+    file = table_file(config)
+    flat_s = (0.001,) * len(startup.PROFILED_BATCH_SIZES)
+    file.store(dict.fromkeys(latencies(), Latencies(p50_s=flat_s, p99_s=flat_s)))
+    document = json.loads((own / "supernet.json").read_text())
+    (own / "supernet.json").write_text(json.dumps({**document, "classes": document["classes"][::-1]}))
+    assert table_file(config).path != file.path
+    assert table_file(config).load().batch_sizes == serving.SIZES  # of the profile itself
 
 
 def table_file(config: Config) -> TableFile:
@@ -140,6 +152,19 @@ def test_each_fault_is_found_and_named(own: Path, name: str) -> None:
     assert sorted(own.rglob("*")) == before
 
 
+def test_a_table_is_not_written_through_a_link_that_leads_out_of_the_profile(own: Path, tmp_path: Path) -> None:
+    table = table_of(own)
+    table.unlink()
+    table.symlink_to(tmp_path / "elsewhere.json")
+    config = config_of(own)
+    servable = load_servable(own)
+    engine = startup.start_engine(config, servable)
+    engine.close()
+    with pytest.raises(OSError, match="is a link that leads out of its folder"):
+        TableFile.of(config, serving.choices(), engine).store(latencies())
+    assert not (tmp_path / "elsewhere.json").exists()
+
+
 def test_a_profile_for_simulation_only_is_no_profile_to_serve() -> None:
     findings = check(Config(profile=Path(startup.__file__).parent / "profiles" / "paper-ofa-resnet50"))
     assert findings[0].level == "error"
@@ -152,7 +177,7 @@ def test_a_profile_for_simulation_only_is_no_profile_to_serve() -> None:
 def test_the_exit_code_is_1_if_a_server_could_not_start(
     levels: list[str], code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert superserve.report([Finding(level, "this") for level in levels]) == code
+    assert startup.report([Finding(level, "this") for level in levels]) == code
     assert capsys.readouterr().out == "".join(f"{level}: this\n" for level in levels)
 
 

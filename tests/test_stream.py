@@ -201,11 +201,11 @@ BAD: dict[str, tuple[bytes, int, str, Any]] = {
     "a number too long to read": (raw(b'{"id": ' + b"1" * 5000 + b"}"), 400, "not JSON", None),
     "not an object": (raw(b"[1]"), 400, "must be a JSON object, not a list", None),
     "no id": (packed(), 400, "id must be a string or a whole number, not null", None),
-    "id true": (packed(id=True), 400, "not true or false", None),
+    "id true": (packed(id=True), 400, "not true", None),
     "id 1.5": (packed(id=1.5), 400, "not 1.5", None),
     "unknown field": (packed(id=1, slo=5), 400, "unknown header field 'slo'; known: content_type, dtype, id", 1),
-    "slo text": (packed(id=1, slo_ms="50"), 400, "slo_ms must be a number, not a string", 1),
-    "slo true": (packed(id=1, slo_ms=True), 400, "slo_ms must be a number, not true or false", 1),
+    "slo text": (packed(id=1, slo_ms="50"), 400, 'slo_ms must be a number, not "50"', 1),
+    "slo true": (packed(id=1, slo_ms=True), 400, "slo_ms must be a number, not true", 1),
     "slo NaN": (packed(id=1, slo_ms=float("nan")), 400, "slo_ms must be between", 1),
     "slo zero": (packed(id=1, slo_ms=0), 400, "slo_ms must be above 0", 1),
     "slo absurd": (packed(id=1, slo_ms=10**400), 400, "slo_ms must be between 0 and 60000", 1),
@@ -217,7 +217,7 @@ BAD: dict[str, tuple[bytes, int, str, Any]] = {
     "both": (packed(id=1, content_type="image/png", dtype="uint8", shape=[8, 8, 3]), 400, "either a content_type", 1),
     "dtype alone": (packed(id=1, dtype="uint8"), 400, "shape must be a list of whole numbers", 1),
     "shape alone": (packed(id=1, shape=[8, 8, 3]), 400, "dtype must be one of float32, uint8, not null", 1),
-    "dtype": (packed(id=1, dtype="int8", shape=[8, 8, 3]), 400, "dtype must be one of float32, uint8, not a string", 1),
+    "dtype": (packed(id=1, dtype="int8", shape=[8, 8, 3]), 400, 'dtype must be one of float32, uint8, not "int8"', 1),
     "shape negative": (packed(id=1, dtype="uint8", shape=[-1]), 400, "above 0", 1),
     "shape long": (packed(id=1, dtype="uint8", shape=[1] * 9), 400, "9 dimensions", 1),
     "shape absurd": (packed(id=1, dtype="uint8", shape=[2**62, 8, 3]), 400, "192 bytes are not a uint8 tensor", 1),
@@ -435,6 +435,10 @@ async def test_shutdown_without_a_close_before_answers_first_and_says_goodbye(na
         await turns_until(lambda: server.engine.batches)
         stopping = asyncio.create_task(server.client.app.shutdown())  # type: ignore[union-attr]
         assert (await ask(socket, packed(id=1)))["error"] == "draining"
+        assert server.serve.ready
+        with pytest.raises(aiohttp.WSServerHandshakeError) as failed:
+            await server.client.ws_connect("/stream")
+        assert failed.value.status == 503
         server.gate.set()
         assert (await reply_of(socket))["id"] == 0
         message = await socket.receive()
@@ -462,6 +466,71 @@ async def test_shutdown_waits_for_no_client_that_reads_nothing(
         await asyncio.gather(sending, return_exceptions=True)
         transport.abort()
         await session.close()
+
+
+@pytest.mark.parametrize("flood", ["refused queries", "texts", "pings"])
+async def test_a_client_that_reads_nothing_is_cut_off(profile: Path, flood: str) -> None:
+    config = config_of(profile, body_timeout_s=0.2, max_body_bytes=BODY_LIMIT)
+    async with running(config) as server, aiohttp.ClientSession() as session:
+        socket = await session.ws_connect(f"{server.url}stream", max_msg_size=0)
+        transport = socket._writer.transport
+        assert transport is not None
+        transport.pause_reading()  # type: ignore[attr-defined]
+        sending = asyncio.create_task(_flood(socket, flood))
+        (connection,) = server.client.server.handler.connections
+        await turns_until(lambda: connection.writing_paused)
+        await turns_until(lambda: not server.client.server.handler.connections)
+        sending.cancel()
+        await asyncio.gather(sending, return_exceptions=True)
+        transport.abort()
+        assert server.outcomes_sum_to_arrivals()
+
+
+async def _flood(socket: Socket, kind: str) -> None:
+    while kind == "refused queries":
+        await socket.send_bytes(packed(id="x" * 10_000, slo_ms=-1))
+    while kind == "texts":
+        await socket.send_str("x" * 10)
+    while kind == "pings":
+        await socket.ping(bytes(100))
+
+
+async def test_a_client_that_reads_late_is_not_cut_off(profile: Path) -> None:
+    config = config_of(profile, body_timeout_s=5)
+    async with running(config) as server, aiohttp.ClientSession() as session:
+        socket = await session.ws_connect(f"{server.url}stream", max_msg_size=0)
+        transport = socket._writer.transport
+        assert transport is not None
+        transport.pause_reading()  # type: ignore[attr-defined]
+        sending = asyncio.create_task(_send_for_ever(socket, packed(id="x" * 10_000, slo_ms=-1)))
+        (connection,) = server.client.server.handler.connections
+        await turns_until(lambda: connection.writing_paused)
+        sending.cancel()
+        await asyncio.gather(sending, return_exceptions=True)
+        transport.resume_reading()  # type: ignore[attr-defined]
+        last = asyncio.create_task(socket.send_bytes(packed(id="last")))
+        while (await reply_of(socket))["id"] != "last":
+            pass
+        await last
+        await socket.close()
+
+
+async def test_what_nobody_foresaw_closes_the_connection_with_1011_and_is_logged(
+    config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("secret")
+
+    async with running(config) as server, server.client.ws_connect("/stream") as socket:
+        server.serve.begin = fail  # type: ignore[assignment,method-assign]
+        await socket.send_bytes(packed(id=1))
+        message = await socket.receive()
+        assert (message.type, message.data) == (WSMsgType.CLOSE, aiohttp.WSCloseCode.INTERNAL_ERROR)
+        assert "secret" not in str(message.extra)
+        assert (await server.client.post("/predict", data=PIXELS)).status == 200
+    logged = [record for record in caplog.records if record.exc_info]
+    assert [record.message for record in logged] == ["a request failed"]
+    assert logged[0].__dict__["fields"]["path"] == "/stream"
 
 
 async def _send_for_ever(socket: Socket, message: bytes) -> None:

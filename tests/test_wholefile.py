@@ -12,7 +12,7 @@ from fixtures_supernet import noise, tiny_servable
 import slackfit
 from scripts import train
 from servable import save_servable
-from wholefile import replacing, write_text
+from wholefile import LARGEST_TEXT, read_text, replacing, write_text
 
 ROOT = Path(__file__).parent.parent
 
@@ -144,3 +144,16 @@ def test_a_process_that_is_killed_while_it_writes_leaves_the_old_file(tmp_path: 
     assert path.read_bytes() == old
     assert slackfit.load_choices(tmp_path) == ()
     write_text(path, "what the killed process left is in nobody's way")
+
+
+def test_a_document_is_read_up_to_a_limit_and_nothing_that_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("größer", encoding="utf-8")
+    assert read_text(tmp_path / "a") == "größer"
+    with (tmp_path / "b").open("wb") as file:
+        file.truncate(LARGEST_TEXT + 1)
+    with pytest.raises(OSError, match="larger than"):
+        read_text(tmp_path / "b")
+    os.mkfifo(tmp_path / "c")
+    for path in (tmp_path / "c", tmp_path, Path("/dev/zero")):
+        with pytest.raises(OSError, match="not a file"):
+            read_text(path)

@@ -2,7 +2,11 @@
 
 ServeError                500
 ├── BadRequest            400  a body, tensor, image or parameter that is not what was asked for
+├── Unauthorized          401  no API key, or one that is not known
+├── ForbiddenOrigin       403  a page of another origin opens a WebSocket
+├── SlowRequest           408  a head or a body that takes too long to arrive
 ├── TooLarge              413  a body or image above the limit
+├── HeadTooLarge          431  a request line or header above the limit
 ├── UnknownModel          404  a model, or a version of it, that is not served here
 ├── UnsupportedMedia      415  a content type that /predict does not read
 ├── QueueFull             429  no place in the queue; Retry-After
@@ -10,6 +14,8 @@ ServeError                500
 ├── NotSupported          501  a part of the Open Inference Protocol that this server does without
 ├── UnsupportedEncoding   501  a Content-Encoding that is not read; Accept-Encoding names those that are
 ├── NotReady              503  starting, draining, or the device is lost; Retry-After
+├── TooManyConnections    503  no more connections are served; Retry-After
+├── TooManyUploads        503  the bodies under way are too large altogether; Retry-After
 ├── DeadlineExceeded      504  the deadline passed, or cannot be met any more
 └── BatchFailed           500  the engine failed at the batch of this query
 """
@@ -49,6 +55,31 @@ class TooLarge(ServeError):
     """A body or image above the limit."""
 
     status, reason = 413, "too_large"
+
+
+class Unauthorized(ServeError):
+    """No API key, or one that is not known."""
+
+    status, reason = 401, "unauthorized"
+    headers = {"WWW-Authenticate": 'Bearer realm="superserve"'}  # noqa: RUF012 read only, as the base class says
+
+
+class ForbiddenOrigin(ServeError):
+    """A page of another origin opens a WebSocket."""
+
+    status, reason = 403, "forbidden_origin"
+
+
+class SlowRequest(ServeError):
+    """A head or a body that takes too long to arrive."""
+
+    status, reason = 408, "slow_request"
+
+
+class HeadTooLarge(ServeError):
+    """A request line or header above the limit."""
+
+    status, reason = 431, "head_too_large"
 
 
 class UnknownModel(ServeError):
@@ -92,6 +123,18 @@ class NotReady(ServeError):
     """Starting, draining, or the device is lost."""
 
     status, reason = 503, "not_ready"
+
+
+class TooManyConnections(ServeError):
+    """No more connections are served at present."""
+
+    status, reason = 503, "too_many_connections"
+
+
+class TooManyUploads(ServeError):
+    """The bodies of requests under way are too large altogether."""
+
+    status, reason = 503, "too_many_uploads"
 
 
 class DeadlineExceeded(ServeError):

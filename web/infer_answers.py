@@ -1,4 +1,7 @@
-"""The answer to an Open Inference Protocol infer request: one output tensor as JSON or binary, and its compression."""
+"""The answer to an Open Inference Protocol infer request: one output tensor as JSON or binary, and its compression.
+
+Large answers are encoded on a thread. So that it lets others have the interpreter, rows become JSON one by one.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +20,26 @@ from web.serving import Reply
 from web.tensors import bytes_to_binary, floats_to_binary
 
 FAST = 1  # the level of compression: answers are wanted soon
+# An answer of more values takes milliseconds to encode as text.
+INLINE_VALUES = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class EncodedAnswer:
     """A body; the JSON is its first ``header_bytes`` where binary data follow, else (None) all of it."""
 
     body: bytes
     header_bytes: int | None
 
 
-def encode_answer(asked: InferRequest, replies: Sequence[Reply], form: ModelForm, classes: Sequence[str]) -> Answer:
+def is_quick(asked: InferRequest, rows: int, classes: int) -> bool:
+    """Whether encoding so many rows holds up nobody: as binary numbers they are only copied."""
+    return rows * classes <= INLINE_VALUES or (asked.binary and not asked.classification)
+
+
+def encode_answer(
+    asked: InferRequest, replies: Sequence[Reply], form: ModelForm, classes: Sequence[str]
+) -> EncodedAnswer:
     """The answer to all rows, in order, in the form that was asked for."""
     values: NDArray[Any] = np.stack([reply.probabilities for reply in replies])
     if asked.classification:
@@ -42,12 +54,21 @@ def encode_answer(asked: InferRequest, replies: Sequence[Reply], form: ModelForm
         data = _to_binary(values)
         output["parameters"] = {"binary_data_size": len(data)}
     else:
-        output["data"] = values.ravel().tolist()
+        output["data"] = []
     document = {"model_name": form.name, "model_version": form.version}
     if asked.id is not None:
         document["id"] = asked.id
-    header = json.dumps(document | {"parameters": reply_parameters(replies), "outputs": [output]}).encode()
-    return Answer(header + data, len(header) if asked.binary else None)
+    header = json.dumps(document | {"parameters": reply_parameters(replies), "outputs": [output]})
+    if not asked.binary:
+        return EncodedAnswer(_with_data(header, values).encode(), None)
+    return EncodedAnswer(header.encode() + data, len(header))
+
+
+def _with_data(text: str, values: NDArray[Any]) -> str:
+    """Put the values into the empty list of data with which the document ends."""
+    end = "]}]}"
+    assert text.endswith(f'"data": [{end}'), "data are what comes last"
+    return text.removesuffix(end) + ", ".join(json.dumps(row.tolist())[1:-1] for row in values) + end
 
 
 def _to_binary(values: NDArray[Any]) -> bytes:

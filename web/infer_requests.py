@@ -6,18 +6,17 @@ channels, height, width], normalised; BYTES [rows], encoded images. Each row is 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from numpy.typing import NDArray
 
-from web.errors import BadRequest, ServeError
-from web.inputs import INLINE_PIXELS, ImageShape, check_array, decode, whole_number
+from web.errors import BadRequest, DeadlineExceeded, ServeError
+from web.inputs import INLINE_PIXELS, ImageShape, PixelBudget, check_array, decode, decode_image, number, whole_number
+from web.json_values import brief, parse_json
 from web.tensors import (
     TensorForm,
-    brief,
     bytes_from_binary,
     numbers_from_binary,
     numbers_from_json,
@@ -44,9 +43,15 @@ class ModelForm:
     name: str
     version: str
     input: ImageShape
+    classes: int
     most_rows: int
     max_pixels: int
     longest_slo_s: float
+
+    @property
+    def most_values(self) -> int:
+        """How many numbers a request can hold."""
+        return self.most_rows * self.input.height * self.input.width * self.input.channels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,33 +68,52 @@ class InferRequest:
     classification: int
 
 
-def read_infer_request(body: bytes, header_length: str | None, form: ModelForm, *, inline: bool) -> InferRequest:
-    """Read a body; with ``inline``, raises TooLarge for images that would take long. Raises a ServeError."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """How a body is to be read: ``inline``, where images that take long are not decoded, else until its deadline.
+
+    ``slo_s`` is the SLO of a request that states none in its body.
+    """
+
+    clock: Callable[[], float]
+    arrival_s: float
+    slo_s: float
+    inline: bool
+
+    def check_deadline(self) -> None:
+        """Raises DeadlineExceeded once it has passed. An SLO of 0 is an error that is told elsewhere."""
+        if not self.inline and 0 < self.slo_s < self.clock() - self.arrival_s:
+            message = "the deadline passed while the rows were decoded"
+            raise DeadlineExceeded(message, slo_ms=round(self.slo_s * 1e3, 3))
+
+
+def read_infer_request(body: bytes, header_length: str | None, form: ModelForm, reading: Reading) -> InferRequest:
+    """Read a body; inline, raises TooLarge for images that would take long. Raises a ServeError."""
     if header_length == "0":
-        return _read_raw(body, form, inline)
+        return _read_raw(body, form, reading)
     parts = split_body(body, header_length)
-    try:
-        document = json.loads(bytes(parts.header))
-    except (ValueError, RecursionError) as error:
-        hint = "binary data need the header Inference-Header-Content-Length"
-        raise BadRequest(f"the request is not JSON ({error}); {hint}") from error
-    request = _members(document, "the request", _REQUEST)
+    values = 0 if len(parts.binary) else form.most_values  # they are either in the JSON, or binary behind it
+    hint = "; binary data need the header Inference-Header-Content-Length"
+    request = _members(parse_json(parts.header, values, "the request", hint), "the request", _REQUEST)
     _check_model(request, form)
     parameters = _members(request.get("parameters", {}), "parameters", _PARAMETERS)
     output = _read_output(request.get("outputs"))
     binary_by_default = _flag(parameters, "binary_data_output", False)
+    texts = _texts(parameters, form.longest_slo_s)
+    slo_ms = number("slo_ms", texts.get("slo_ms"), reading.slo_s * 1e3, 0, form.longest_slo_s * 1e3)
     return InferRequest(
         id=_text(request.get("id"), "id"),
-        texts=_texts(parameters, form.longest_slo_s),
-        rows=_read_rows(request.get("inputs"), parts.binary, form, inline),
+        texts=texts,
+        rows=_read_rows(request.get("inputs"), parts.binary, form, replace(reading, slo_s=slo_ms / 1e3)),
         binary=_flag(output, "binary_data", binary_by_default),
-        classification=_classes(output),
+        classification=_classes(output, form.classes),
     )
 
 
-def _read_raw(body: bytes, form: ModelForm, inline: bool) -> InferRequest:
+def _read_raw(body: bytes, form: ModelForm, reading: Reading) -> InferRequest:
     """A body that is one input and nothing else, in any form that /predict reads; answered in binary."""
-    row = decode(body, "application/octet-stream", form.input, _max_pixels(form, 1, inline))
+    reading.check_deadline()
+    row = decode(body, "application/octet-stream", form.input, _max_pixels(form, reading))
     return InferRequest(id=None, texts={}, rows=(row,), binary=True, classification=0)
 
 
@@ -165,14 +189,15 @@ def _read_output(outputs: object) -> dict[str, Any]:
     return _members(outputs[0].get("parameters", {}), f"parameters of '{OUTPUT}'", ("binary_data", "classification"))
 
 
-def _classes(output: Mapping[str, Any]) -> int:
+def _classes(output: Mapping[str, Any], classes: int) -> int:
+    """How many classes are to be named; all of them if more are asked for, as Triton has it."""
     if "classification" not in output:
         return 0
     text = _number_text("classification", output["classification"])
-    return whole_number("classification", text, 0, 1, 2**31)
+    return min(whole_number("classification", text, 0, 1, 2**31), classes)
 
 
-def _read_rows(inputs: object, binary: memoryview, form: ModelForm, inline: bool) -> tuple[NDArray[Any], ...]:
+def _read_rows(inputs: object, binary: memoryview, form: ModelForm, reading: Reading) -> tuple[NDArray[Any], ...]:
     if not isinstance(inputs, list) or len(inputs) != 1:
         found = f"{len(inputs)} of them" if isinstance(inputs, list) else brief(inputs)
         raise BadRequest(f"inputs must be a list of the one input '{INPUT}', not {found}")
@@ -185,13 +210,13 @@ def _read_rows(inputs: object, binary: memoryview, form: ModelForm, inline: bool
     if "binary_data_size" not in parameters:
         if len(binary):
             raise BadRequest(f"{len(binary)} bytes of binary data, but no input has a binary_data_size")
-        return _rows_of_json(tensor, members.get("data"), form)
+        return _rows_of_json(tensor, members.get("data"), form, reading)
     if "data" in members:
         raise BadRequest(f"'{INPUT}' has both data and binary_data_size")
     size = parameters["binary_data_size"]
     if type(size) is not int or size != len(binary):
         raise BadRequest(f"binary_data_size of '{INPUT}' is {brief(size)}; {len(binary)} bytes were sent")
-    return _rows_of_binary(tensor, binary, form, inline)
+    return _rows_of_binary(tensor, binary, form, reading)
 
 
 def _check_form(tensor: TensorForm, form: ModelForm) -> None:
@@ -206,28 +231,34 @@ def _check_form(tensor: TensorForm, form: ModelForm) -> None:
         raise BadRequest(f"a request has 1 to {form.most_rows} rows, not {tensor.shape[0]}")
 
 
-def _rows_of_json(tensor: TensorForm, data: object, form: ModelForm) -> tuple[NDArray[Any], ...]:
+def _rows_of_json(tensor: TensorForm, data: object, form: ModelForm, reading: Reading) -> tuple[NDArray[Any], ...]:
     if data is None:
         raise BadRequest(f"'{INPUT}' has neither data nor binary_data_size")
     if tensor.datatype == "BYTES":
         raise BadRequest(f"{tensor.describe()}: encoded images are sent as binary data; JSON strings hold text")
-    return _each_row(lambda row: check_array(row, form.input), numbers_from_json(tensor, data))
+    return _each_row(lambda row: check_array(row, form.input), numbers_from_json(tensor, data), reading)
 
 
-def _rows_of_binary(tensor: TensorForm, data: memoryview, form: ModelForm, inline: bool) -> tuple[NDArray[Any], ...]:
+def _rows_of_binary(
+    tensor: TensorForm, data: memoryview, form: ModelForm, reading: Reading
+) -> tuple[NDArray[Any], ...]:
     if tensor.datatype != "BYTES":
-        return _each_row(lambda row: check_array(row, form.input), numbers_from_binary(tensor, data))
-    images, max_pixels = bytes_from_binary(tensor, data), _max_pixels(form, tensor.shape[0], inline)
-    return _each_row(lambda image: decode(image, "image/*", form.input, max_pixels), images)
+        return _each_row(lambda row: check_array(row, form.input), numbers_from_binary(tensor, data), reading)
+    images, budget = bytes_from_binary(tensor, data), PixelBudget(_max_pixels(form, reading))
+    return _each_row(lambda image: decode_image(image, form.input, budget), images, reading)
 
 
-def _max_pixels(form: ModelForm, rows: int, inline: bool) -> int:
-    return min(INLINE_PIXELS // rows, form.max_pixels) if inline else form.max_pixels
+def _max_pixels(form: ModelForm, reading: Reading) -> int:
+    """How many pixels of images are decoded for a request, all its rows together."""
+    return min(INLINE_PIXELS, form.max_pixels) if reading.inline else form.max_pixels
 
 
-def _each_row(make: Callable[[T], NDArray[Any]], values: Iterable[T]) -> tuple[NDArray[Any], ...]:
+def _each_row(
+    make: Callable[[T], NDArray[Any]], values: Iterable[T], reading: Reading
+) -> tuple[NDArray[Any], ...]:
     rows = []
     for index, value in enumerate(values):
+        reading.check_deadline()
         try:
             rows.append(make(value))
         except ServeError as error:

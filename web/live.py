@@ -188,20 +188,24 @@ def _sum(seconds: Iterable[Second]) -> Second:
     return total
 
 
+# What is told of a span of so many seconds, of which the Second is the sum; the live page reads them by these names.
+FIGURES: Mapping[str, Callable[[Second, int], float | None]] = {
+    "arrivals": lambda total, span_s: round(total.arrivals / span_s, 2),
+    "in_time": lambda total, span_s: round(total.outcomes["in_time"] / span_s, 2),
+    "late": lambda total, span_s: round(total.outcomes["late"] / span_s, 2),
+    "missed": lambda total, span_s: round(total.missed / span_s, 2),
+    "cancelled": lambda total, span_s: round(total.outcomes["cancelled"] / span_s, 2),
+    "attainment": lambda total, _: total.attainment,
+    "accuracy": lambda total, _: total.accuracy,
+    "waiting": lambda total, _: total.waiting,
+    "batch_size": lambda total, _: total.batch_size,
+    "p50_ms": lambda total, _: total.quantile_ms(0.5),
+    "p99_ms": lambda total, _: total.quantile_ms(0.99),
+}
+
+
 def _figures(second: Second, span_s: int = 1) -> dict[str, float | None]:
-    return {
-        "arrivals": round(second.arrivals / span_s, 2),
-        "in_time": round(second.outcomes["in_time"] / span_s, 2),
-        "late": round(second.outcomes["late"] / span_s, 2),
-        "missed": round(second.missed / span_s, 2),
-        "cancelled": round(second.outcomes["cancelled"] / span_s, 2),
-        "attainment": second.attainment,
-        "accuracy": second.accuracy,
-        "waiting": second.waiting,
-        "batch_size": second.batch_size,
-        "p50_ms": second.quantile_ms(0.5),
-        "p99_ms": second.quantile_ms(0.99),
-    }
+    return {name: figure(second, span_s) for name, figure in FIGURES.items()}
 
 
 def _figures_of(second: Second) -> dict[str, float | None]:
@@ -260,7 +264,7 @@ class Page:
         """GET /live: the seconds after ``since`` that are over, and what is going on now."""
         unknown = request.query.keys() - {"since"}
         if unknown:
-            raise BadRequest(f"unknown parameter '{min(unknown)}'; known: since")
+            raise BadRequest(f"unknown parameter '{min(unknown):.40}'; known: since")
         document = self._live.document(_since(request.query.get("since", "-1")), self._state())
         return json_response(document | {"about": self._about}, headers={"Cache-Control": "no-store"})
 

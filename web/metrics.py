@@ -112,7 +112,11 @@ class Metrics(Collector):
     async def responded(self, request: web.Request, response: web.StreamResponse) -> None:
         """Count a response by route and status; a signal handler for ``on_response_prepare``."""
         resource = request.match_info.route.resource
-        self._responses["unknown" if resource is None else resource.canonical, str(response.status)] += 1
+        self.count_response("unknown" if resource is None else resource.canonical, response.status)
+
+    def count_response(self, route: str, status: int) -> None:
+        """Count a response to a request that was never routed."""
+        self._responses[route, str(status)] += 1
 
     # ----------------------------------------------------------------------------------------------------- collecting
 

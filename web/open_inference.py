@@ -9,16 +9,17 @@ and if one of them fails, the request fails as it did. docs/api.md shows it in u
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from aiohttp import web
 from numpy.typing import NDArray
 
 from web.bodies import read_body
-from web.errors import BadRequest, NotReady, NotSupported, TooLarge, UnknownModel, json_response
-from web.infer_answers import accepted_encoding, compress, encode_answer
+from web.errors import BadRequest, DeadlineExceeded, NotReady, NotSupported, TooLarge, UnknownModel, json_response
+from web.infer_answers import accepted_encoding, compress, encode_answer, is_quick
 from web.infer_requests import (
     INPUT,
     MOST_ROWS,
@@ -26,9 +27,11 @@ from web.infer_requests import (
     PRIORITIES,
     InferRequest,
     ModelForm,
+    Reading,
     read_infer_request,
 )
 from web.inputs import INLINE_BODY_BYTES, Parameters, parse_parameters
+from web.json_values import parse_json
 from web.serving import Reply, Serving
 from web.state import version
 
@@ -54,6 +57,7 @@ class OpenInference:
             name=serve.name,
             version=VERSION,
             input=serve.input,
+            classes=len(serve.classes),
             most_rows=min(MOST_ROWS, settings.max_queue),
             max_pixels=settings.max_pixels,
             longest_slo_s=settings.max_slo_ms / 1e3,
@@ -205,10 +209,7 @@ class OpenInference:
     async def _read_object(self, request: web.Request, known: str) -> dict[str, Any]:
         """A small JSON body with at most the one known member; an empty body is an empty object."""
         body = await read_body(request, ADMIN_BODY_S, self._serve.config.max_body_bytes)
-        try:
-            document = json.loads(body or b"{}")
-        except (ValueError, RecursionError) as error:
-            raise BadRequest(f"the body is not JSON: {error}") from error
+        document = parse_json(body or b"{}", 0, "the body")
         if not isinstance(document, dict) or not document.keys() <= {known}:
             raise BadRequest(f"the body must be an object with no member but '{known}'")
         return document
@@ -219,24 +220,34 @@ class OpenInference:
         """POST …/infer: one query per row, one answer for all of them."""
         arrival_s = self._serve.clock()
         self._check_model(request)
-        asked = await self._read(request)
+        asked = await self._read(request, arrival_s)
         parameters = self._parameters(request, asked.texts)
         replies = await self._answers(asked.rows, arrival_s, parameters)
         return await self._answer(asked, replies, accepted_encoding(request.headers.get("Accept-Encoding", "")))
 
-    async def _read(self, request: web.Request) -> InferRequest:
+    async def _read(self, request: web.Request, arrival_s: float) -> InferRequest:
         # The SLO may stand in the body; one that stands before it bounds the upload.
         in_head = self._parameters(request, {})
         given = any(name in request.query or name in request.headers for name in _SLO_NAMES)
         within_s = in_head.slo_s if given else self._form.longest_slo_s
+        self._serve.turn_away(arrival_s, replace(in_head, slo_s=within_s))
         body = await read_body(request, within_s, self._serve.config.max_body_bytes)
         header_length = request.headers.get(HEADER_LENGTH)
+        reading = Reading(clock=self._serve.clock, arrival_s=arrival_s, slo_s=in_head.slo_s, inline=True)
         if len(body) <= INLINE_BODY_BYTES:
             try:
-                return read_infer_request(body, header_length, self._form, inline=True)
+                return read_infer_request(body, header_length, self._form, reading)
             except TooLarge:
                 pass  # a small file can hold a large image, which is then looked at again
-        return await asyncio.to_thread(read_infer_request, body, header_length, self._form, inline=False)
+        self._serve.limits()  # a server that drains has other things to do
+        thoroughly = replace(reading, inline=False)
+        try:
+            return await self._serve.aside(partial(read_infer_request, body, header_length, self._form, thoroughly))
+        except DeadlineExceeded as error:
+            slo_ms = error.details["slo_ms"]
+            assert isinstance(slo_ms, float), "as read_infer_request tells it"
+            self._serve.turn_away(arrival_s, replace(in_head, slo_s=slo_ms / 1e3))  # raises, and counts it
+            raise
 
     def _parameters(self, request: web.Request, texts: Mapping[str, str]) -> Parameters:
         """Parameters by all ways that /predict knows; those of the body win."""
@@ -258,17 +269,17 @@ class OpenInference:
                 query.cancel()
 
     async def _answer(self, asked: InferRequest, replies: Sequence[Reply], encoding: str) -> web.Response:
-        answer = encode_answer(asked, replies, self._form, self._serve.classes)
+        encode = partial(encode_answer, asked, replies, self._form, self._serve.classes)
+        quick = is_quick(asked, len(replies), len(self._serve.classes))
+        answer = encode() if quick else await self._serve.aside(encode)
         headers = {"Vary": "Accept-Encoding"}
         if answer.header_bytes is not None:
             headers[HEADER_LENGTH] = str(answer.header_bytes)
         body = answer.body
         if encoding != "identity" and len(body) >= COMPRESSED_FROM_BYTES:
             headers["Content-Encoding"] = encoding
-            if len(body) <= INLINE_BODY_BYTES:
-                body = compress(body, encoding)
-            else:
-                body = await asyncio.to_thread(compress, body, encoding)
+            pack = partial(compress, body, encoding)
+            body = pack() if len(body) <= INLINE_BODY_BYTES else await self._serve.aside(pack)
         content_type = "application/json" if answer.header_bytes is None else "application/octet-stream"
         return web.Response(body=body, headers=headers, content_type=content_type)
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from aiohttp import web
 
-from web.errors import BadRequest, NotReady, json_response
-from web.inputs import IMAGE_FORMATS, Limits
-from web.live import SPAN_S
+from web.access import METRICS, OPEN
+from web.errors import BadRequest, NotReady, Unauthorized, json_response
+from web.inputs import IMAGE_FORMATS, LARGEST_VALUE, Limits
+from web.live import FIGURES, SPAN_S
 from web.openapi_v2 import paths_v2
 from web.schemas import (
     QUERY_ERRORS,
@@ -34,12 +35,7 @@ from web.state import version
 
 Document = dict[str, Any]
 
-FLOAT32_OVERFLOW = 2.0**128 - 2.0**103  # the least that is rounded to infinity
 IMAGE_TYPES = tuple(f"image/{name.lower()}" for name in IMAGE_FORMATS)
-FIGURES = (
-    "arrivals", "in_time", "late", "missed", "cancelled", "attainment", "accuracy", "waiting", "batch_size", "p50_ms",
-    "p99_ms",
-)  # fmt: skip
 ABOUT = ("version", "torch", "device", "profile", "policy")
 
 
@@ -56,7 +52,7 @@ class OpenApi:
 
 def document(serve: Serving) -> Document:
     """All paths; accuracies and classes of the model that is served."""
-    return {
+    found = {
         "openapi": "3.1.0",
         "info": {
             "title": "SuperServe",
@@ -67,6 +63,23 @@ def document(serve: Serving) -> Document:
         "paths": {"/predict": {"post": _predict(serve)}} | _server_paths() | paths_v2(serve),
         "components": {"schemas": _components(serve)},
     }
+    return found if serve.config.api_key_file is None else _with_keys(found, serve.config.open_metrics)
+
+
+def _with_keys(document: Document, open_metrics: bool) -> Document:
+    """A document of a server that asks for keys: how they are sent, and 401 for all that wants one."""
+    free = (*OPEN, METRICS) if open_metrics else OPEN
+    for path, item in document["paths"].items():
+        for described in item.values():
+            if path in free:
+                described["security"] = []
+            else:
+                described["responses"] |= errors(Unauthorized)
+    document["components"]["securitySchemes"] = {
+        "bearer": {"type": "http", "scheme": "bearer"},
+        "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+    }
+    return document | {"security": [{"bearer": []}, {"header": []}]}
 
 
 def _predict(serve: Serving) -> Document:
@@ -161,7 +174,7 @@ def _metrics_answer() -> Document:
 def _components(serve: Serving) -> dict[str, Document]:
     side = serve.input
     pixels = tensor(integer(0, 255), side.height, side.width, side.channels)
-    value = number(None, exclusiveMinimum=-FLOAT32_OVERFLOW, exclusiveMaximum=FLOAT32_OVERFLOW)
+    value = number(-LARGEST_VALUE, LARGEST_VALUE)
     planes = tensor(value, side.channels, side.height, side.width)
     inputs = {"description": "whole numbers are pixels, else normalised", "anyOf": [pixels, planes]}
     return {
@@ -229,7 +242,9 @@ def _live() -> Document:
             "now": integer(description="the number of the second that is not over yet"),
             "span_s": integer(const=SPAN_S),
             "waiting": integer(description="queries that wait now"),
-            "seconds": objects({"second": array(integer())} | {name: array(figure) for name in FIGURES}, FIGURES),
+            "seconds": objects(
+                {"second": array(integer())} | {name: array(figure) for name in FIGURES}, optional=tuple(FIGURES)
+            ),
             "recent": objects({"span_s": integer(1)} | dict.fromkeys(FIGURES, figure)),
             "choices": array(choice),
             "about": objects({name: string() for name in ABOUT}),

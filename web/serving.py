@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from web.inputs import ImageShape, Limits, Parameters
 from web.statistics import Statistics
+
+Result = TypeVar("Result")
 
 
 class Reply(Protocol):
@@ -44,10 +47,17 @@ class Settings(Protocol):
     def max_body_bytes(self) -> int: ...  # noqa: D102
     @property
     def max_pixels(self) -> int: ...  # noqa: D102
+    @property
+    def api_key_file(self) -> Path | None: ...  # noqa: D102
+    @property
+    def open_metrics(self) -> bool: ...  # noqa: D102
 
 
 class Serving(Protocol):
-    """One model that answers queries; ``limits`` and ``submit`` raise NotReady while it does not."""
+    """One model that answers queries; ``limits`` and ``submit`` raise NotReady while it does not.
+
+    ``aside`` does on a thread what would hold up the queries of others.
+    """
 
     @property
     def clock(self) -> Callable[[], float]: ...  # noqa: D102
@@ -62,4 +72,6 @@ class Serving(Protocol):
     @property
     def statistics(self) -> Statistics: ...  # noqa: D102
     def limits(self) -> Limits: ...  # noqa: D102
+    def turn_away(self, arrival_s: float, parameters: Parameters) -> None: ...  # noqa: D102
     async def submit(self, input: NDArray[Any], arrival_s: float, parameters: Parameters) -> Reply: ...  # noqa: D102
+    async def aside(self, work: Callable[[], Result]) -> Result: ...  # noqa: D102

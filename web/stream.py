@@ -10,19 +10,21 @@ Replies are JSON text messages in the order in which queries are done: the reply
 where the message had none that can be read. A bad message costs its sender one such reply, not the connection.
 
 The SLO counts from the arrival of the message. A closed connection cancels its queries. While the server drains, new
-messages are refused, queries in flight are answered, and then the connection is closed with code 1001.
+messages are refused, queries in flight are answered, and then the connection is closed with code 1001. A client that
+does not take what it is sent is cut off.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import struct
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from aiohttp import WSCloseCode, WSMsgType, web
@@ -30,6 +32,9 @@ from numpy.typing import NDArray
 
 from web.errors import BadRequest, NotReady, ServeError, TooLarge, TooManyInFlight
 from web.inputs import Limits, Parameters, parse_parameters
+from web.json_values import brief
+
+log = logging.getLogger("superserve")
 
 MAX_HEADER_BYTES = 16 * 1024
 # A silent peer is asked whether it is still there, and given up half as long after that.
@@ -38,12 +43,13 @@ HEARTBEAT_S = 30.0
 CLOSE_S = 2.0
 # Large images of one connection that are decoded at a time; while so many are, nothing more is read from it.
 MOST_DECODING = 4
+# The time in which a client is to take what it is sent is waited for in so many parts.
+LOOKS = 4
 
 PARAMETERS = ("slo_ms", "min_accuracy", "priority", "top_k")
 FIELDS = frozenset(("id", "content_type", "dtype", "shape", *PARAMETERS))
 _DTYPES = {"uint8": "u1", "float32": "<f4"}
 _LENGTH = struct.Struct("<I")
-_JSON_NAMES = {bool: "true or false", dict: "an object", list: "a list", str: "a string", type(None): "null"}
 
 MessageId = str | int
 
@@ -54,11 +60,11 @@ MessageId = str | int
 class Answered(Protocol):
     """The answer to one query."""
 
-    def document(self) -> dict[str, Any]:
-        """Its JSON form."""
+    def json(self) -> str:
+        """Its JSON form, an object."""
 
 
-class Pending(Protocol):
+class PendingReply(Protocol):
     """A query on its way; a hashable object of its own."""
 
     def collect(self) -> Answered | ServeError:
@@ -74,28 +80,29 @@ class StreamServing(Protocol):
     @property
     def clock(self) -> Callable[[], float]: ...  # noqa: D102
     def limits(self) -> Limits: ...  # noqa: D102
+    def turn_away(self, arrival_s: float, parameters: Parameters) -> None: ...  # noqa: D102
     def check_input(self, array: object) -> NDArray[Any]: ...  # noqa: D102
     def decode_inline(self, body: bytes, content_type: str) -> NDArray[Any] | None: ...  # noqa: D102
     async def decode(self, body: bytes, content_type: str) -> NDArray[Any]: ...  # noqa: D102
     def begin(  # noqa: D102
-        self, input: NDArray[Any], arrival_s: float, parameters: Parameters, announce: Callable[[Pending], object]
-    ) -> Pending: ...
+        self, input: NDArray[Any], arrival_s: float, parameters: Parameters, announce: Callable[[PendingReply], object]
+    ) -> PendingReply: ...
 
 
 @dataclass(frozen=True, slots=True)
 class StreamLimits:
-    """What one connection may cost, and how long draining may take."""
+    """What one connection may cost, how long draining may take, and its client to take what it is sent."""
 
     in_flight: int
     body_bytes: int
     drain_s: float
+    send_s: float
 
 
 # --------------------------------------------------------------------------------------------------------- the messages
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(NamedTuple):
     """One message taken apart; the header's fields are read, and refused, one by one by the methods."""
 
     header: Mapping[str, Any]
@@ -106,7 +113,7 @@ class Message:
         """What tells its reply from those to others; BadRequest if there is none."""
         found = self.header.get("id")
         if type(found) is not str and type(found) is not int:
-            raise BadRequest(f"id must be a string or a whole number, not {_kind(found)}")
+            raise BadRequest(f"id must be a string or a whole number, not {brief(found)}")
         return found
 
     def parameters(self, limits: Limits) -> Parameters:
@@ -118,15 +125,15 @@ class Message:
         for name in PARAMETERS:
             if name in header:
                 if type(header[name]) is not float and type(header[name]) is not int:
-                    raise BadRequest(f"{name} must be a number, not {_kind(header[name])}")
+                    raise BadRequest(f"{name} must be a number, not {brief(header[name])}")
                 texts[name] = str(header[name])
-        return parse_parameters(texts, {}, limits)
+        return parse_parameters(texts, {}, limits) if texts else limits.defaults
 
     def content_type(self) -> str:
         """The payload's type without its parameters, as an HTTP request would have it."""
         found = self.header.get("content_type", "application/octet-stream")
         if not isinstance(found, str):
-            raise BadRequest(f"content_type must be a string, not {_kind(found)}")
+            raise BadRequest(f"content_type must be a string, not {brief(found)}")
         return found.partition(";")[0].strip().lower()
 
     def tensor(self) -> NDArray[Any] | None:
@@ -137,9 +144,9 @@ class Message:
         if "content_type" in self.header:
             raise BadRequest("a payload has either a content_type, or a dtype and a shape")
         if not isinstance(dtype, str) or dtype not in _DTYPES:
-            raise BadRequest(f"dtype must be one of {_listed(_DTYPES)}, not {_kind(dtype)}")
+            raise BadRequest(f"dtype must be one of {_listed(_DTYPES)}, not {brief(dtype)}")
         if not isinstance(shape, list) or not all(type(side) is int and side > 0 for side in shape):
-            raise BadRequest(f"shape must be a list of whole numbers above 0, not {_kind(shape)}")
+            raise BadRequest("shape must be a list of whole numbers above 0")
         if len(shape) > 8:  # numpy has a limit of its own, which is higher
             raise BadRequest(f"shape has {len(shape)} dimensions; at most 8 are read")
         try:
@@ -163,7 +170,7 @@ def split_message(data: bytes) -> Message:
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"the header is not JSON: {error}") from error
     if not isinstance(header, dict):
-        raise BadRequest(f"the header must be a JSON object, not {_kind(header)}")
+        raise BadRequest(f"the header must be a JSON object, not {brief(header)}")
     return Message(header, data[start:])
 
 
@@ -173,10 +180,6 @@ def error_text(message_id: MessageId | None, error: ServeError) -> str:
     if error.retry_after_s is not None:
         document["retry_after_s"] = error.retry_after_s
     return json.dumps(document)
-
-
-def _kind(value: object) -> str:
-    return _JSON_NAMES.get(type(value)) or f"{value!s:.40}"
 
 
 def _listed(names: Any) -> str:
@@ -192,14 +195,18 @@ class Connection:
     There is no task per query: what is announced within one turn of the event loop is collected at the end of it, and
     one task sends. A client that does not read its replies holds up nobody but itself: its answers are counted when
     they are there, its queries in flight reach the limit, and errors beyond that are sent before more is read from it.
+    One that goes on so is cut off: it would hold this connection for ever.
     """
 
-    def __init__(self, socket: web.WebSocketResponse, serving: StreamServing, limits: StreamLimits) -> None:
-        self._socket, self._serving, self._limits = socket, serving, limits
+    def __init__(
+        self, request: web.Request, socket: web.WebSocketResponse, serving: StreamServing, limits: StreamLimits
+    ) -> None:
+        self._request, self._socket, self._serving, self._limits = request, socket, serving, limits
+        self._sent = 0
         self._draining = False
         self._in_flight = 0  # messages accepted and not yet answered, in whatever stage
-        self._waiting: dict[Pending, MessageId] = {}
-        self._announced: list[Pending] = []
+        self._waiting: dict[PendingReply, MessageId] = {}
+        self._announced: list[PendingReply] = []
         self._outbox: deque[str] = deque()
         self._posted = asyncio.Event()
         self._idle = asyncio.Event()
@@ -211,9 +218,9 @@ class Connection:
         """Serve until the socket is closed; then cancel what is unanswered."""
         try:
             async with asyncio.TaskGroup() as tasks:  # a failure of any ends the connection, and is logged above
-                sender = tasks.create_task(self._send_posted())
+                sender, watcher = tasks.create_task(self._send_posted()), tasks.create_task(self._watch())
                 await self._read(tasks)
-                for task in (sender, *self._decoders):
+                for task in (sender, watcher, *self._decoders):
                     task.cancel()
         finally:
             self._announced.clear()
@@ -244,7 +251,7 @@ class Connection:
         try:
             message = split_message(data)
             message_id = message.id
-            parameters = self._admit(message)
+            parameters = self._admit(message, arrival_s)
             input = self._input_of(message)
             if input is not None:
                 self._begin(input, arrival_s, parameters, message_id)
@@ -259,7 +266,7 @@ class Connection:
         self._decoders.add(task)
         task.add_done_callback(self._decoders.discard)
 
-    def _admit(self, message: Message) -> Parameters:
+    def _admit(self, message: Message, arrival_s: float) -> Parameters:
         if self._draining:
             raise NotReady("draining", retry_after_s=1)
         parameters = message.parameters(self._serving.limits())
@@ -268,6 +275,7 @@ class Connection:
             raise TooManyInFlight(f"{allowed} queries of this connection are unanswered; more are refused")
         if len(message.payload) > self._limits.body_bytes:
             raise TooLarge("the body is larger than this server accepts")
+        self._serving.turn_away(arrival_s, parameters)
         return parameters
 
     def _input_of(self, message: Message) -> NDArray[Any] | None:
@@ -296,7 +304,7 @@ class Connection:
         self._in_flight += 1
         self._idle.clear()
 
-    def _announce(self, pending: Pending) -> None:
+    def _announce(self, pending: PendingReply) -> None:
         if not self._announced:
             asyncio.get_running_loop().call_soon(self._collect)
         self._announced.append(pending)
@@ -309,7 +317,7 @@ class Connection:
             if isinstance(outcome, ServeError):
                 self._post(error_text(message_id, outcome))
             else:
-                self._post(json.dumps({"id": message_id, **outcome.document()}))
+                self._post(f'{{"id": {json.dumps(message_id)}, {outcome.json()[1:]}')
 
     def _post(self, text: str) -> None:
         self._outbox.append(text)
@@ -326,39 +334,77 @@ class Connection:
                 self._idle.set()
 
     async def _send(self, text: str) -> None:
-        with suppress(ConnectionError):  # the client went away; reading ends, too
+        try:  # noqa: SIM105 suppress would take as long as all else here
             await self._socket.send_str(text)
+        except ConnectionError:
+            pass  # the client went away; reading ends, too
+        self._sent += 1
+
+    async def _watch(self) -> None:
+        """Cut the client off once nothing could be sent for a time, be it replies or what aiohttp sends itself."""
+        paused = seen = 0
+        while paused < LOOKS:
+            await asyncio.sleep(self._limits.send_s / LOOKS)
+            paused = paused + 1 if self._request.protocol.writing_paused and self._sent == seen else 0
+            seen = self._sent
+        if self._request.transport is not None:
+            self._request.transport.abort()
 
 
 # ------------------------------------------------------------------------------------------------------ the application
 
 
-def add_stream(app: web.Application, serving: StreamServing, limits: StreamLimits) -> None:
-    """Give an application the route /stream; its shutdown drains and closes what is open."""
-    connections: set[Connection] = set()
+class Streams:
+    """The connections that are open; none are opened once it drains."""
 
-    async def handle_stream(request: web.Request) -> web.WebSocketResponse:
+    def __init__(self, serving: StreamServing, limits: StreamLimits) -> None:
+        self._serving, self._limits = serving, limits
+        self._open: set[Connection] = set()
+        self._draining = False
+
+    async def handle(self, request: web.Request) -> web.WebSocketResponse:
         """GET /stream: a WebSocket, served until it is closed."""
-        serving.limits()  # not ready is told as HTTP, before there is a socket
+        self._serving.limits()  # not ready is told as HTTP, before there is a socket
+        if self._draining:
+            raise NotReady("draining", retry_after_s=1)
         socket = web.WebSocketResponse(
             heartbeat=HEARTBEAT_S,
             timeout=CLOSE_S,
             compress=False,  # images do not shrink
-            max_msg_size=_LENGTH.size + MAX_HEADER_BYTES + limits.body_bytes + 1,
+            max_msg_size=_LENGTH.size + MAX_HEADER_BYTES + self._limits.body_bytes + 1,
         )
         if not socket.can_prepare(request):
             raise BadRequest("/stream is a WebSocket (version 13); connect to ws://HOST:PORT/stream")
         await socket.prepare(request)
-        connection = Connection(socket, serving, limits)
-        connections.add(connection)
+        connection = Connection(request, socket, self._serving, self._limits)
+        self._open.add(connection)
         try:
-            await connection.run()
+            if self._draining:  # since a moment ago
+                await connection.drain()
+            else:
+                await self._serve(connection, socket)
         finally:
-            connections.discard(connection)
+            self._open.discard(connection)
+            if request.transport is not None:  # a transport waits for ever until all that was sent is taken
+                asyncio.get_running_loop().call_later(self._limits.send_s, request.transport.abort)
         return socket
 
-    async def drain_all(_: web.Application) -> None:
-        await asyncio.gather(*(connection.drain() for connection in connections))
+    async def _serve(self, connection: Connection, socket: web.WebSocketResponse) -> None:
+        try:
+            await connection.run()
+        except Exception:  # what nobody foresaw ends here: json_errors would answer it by HTTP, in the midst of frames
+            log.exception("a request failed", extra={"fields": {"method": "GET", "path": "/stream"}})
+            # Not drained: a client that reads nothing would never let this end.
+            await socket.close(code=WSCloseCode.INTERNAL_ERROR, message=b"the server failed", drain=False)
 
-    app.router.add_get("/stream", handle_stream, allow_head=False)
-    app.on_shutdown.append(drain_all)
+    async def drain(self, _: web.Application) -> None:
+        """Drain all connections at a time."""
+        self._draining = True
+        await asyncio.gather(*(connection.drain() for connection in self._open))
+
+
+def add_stream(app: web.Application, serving: StreamServing, limits: StreamLimits) -> None:
+    """Give an application the route /stream; its shutdown drains and closes what is open."""
+    streams = Streams(serving, limits)
+    app.router.add_get("/stream", streams.handle, allow_head=False)
+    app.on_shutdown.append(streams.drain)

@@ -6,7 +6,6 @@ FP32, FP16, BF16 or UINT8. Every way in which data cannot be what its datatype a
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from web.errors import BadRequest
+from web.json_values import array_of, as_float32, as_pixels, brief
 
 # All datatypes of the protocol with the size of an element: a slip in a name is not the same as one not accepted.
 DATATYPES = {
@@ -76,15 +76,10 @@ def read_form(document: Mapping[str, Any]) -> TensorForm:
     if not isinstance(datatype, str) or datatype not in DATATYPES:
         raise BadRequest(f"unknown datatype {brief(datatype)} of '{name:.40}'; known: {', '.join(DATATYPES)}")
     if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < LARGEST_SIZE for size in shape):
-        raise BadRequest(f"the shape of '{name:.40}' must be a list of whole numbers from 0 on, not {brief(shape)}")
+        raise BadRequest(f"the shape of '{name:.40}' must be a list of whole numbers from 0 on")
     if len(shape) > MOST_DIMENSIONS:
         raise BadRequest(f"the shape of '{name:.40}' has {len(shape)} dimensions; at most {MOST_DIMENSIONS} are read")
     return TensorForm(name, datatype, tuple(shape))
-
-
-def brief(value: object) -> str:
-    """A value that a client sent, as JSON, short enough for an error."""
-    return json.dumps(value)[:60]
 
 
 # --------------------------------------------------------------------------------------------------------- binary data
@@ -143,21 +138,9 @@ def numbers_from_json(form: TensorForm, data: object) -> NDArray[Any]:
     """The tensor of FP32 or UINT8 that a flat or nested list of numbers holds."""
     if form.datatype in ("FP16", "BF16"):
         raise BadRequest(f"{form.describe()}: {form.datatype} is sent as binary data; JSON has no such numbers")
-    if not isinstance(data, list):
-        raise BadRequest(f"the data of '{form.name}' must be a list, not {brief(data)}")
-    try:
-        array = np.array(data, np.float64)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise BadRequest(f"the data of '{form.name}' are no tensor of numbers: {error}") from None
+    what = f"the data of '{form.name}'"
+    array = array_of(data, what)
     if array.shape not in (form.shape, (form.elements,)):
         raise BadRequest(f"the data of {form.describe()} have the shape {list(array.shape)}")
-    return _as_datatype(form, array).reshape(form.shape)
-
-
-def _as_datatype(form: TensorForm, array: NDArray[Any]) -> NDArray[Any]:
-    if form.datatype == "UINT8":
-        if not ((array >= 0) & (array <= 255) & (array == np.floor(array))).all():
-            raise BadRequest(f"the data of '{form.name}' as UINT8 must be whole numbers between 0 and 255")
-        return array.astype(np.uint8)
-    with np.errstate(over="ignore"):  # becomes infinite, which is refused with all that is not finite
-        return array.astype(np.float32)
+    found = as_pixels(array, what) if form.datatype == "UINT8" else as_float32(array)
+    return found.reshape(form.shape)

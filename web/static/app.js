@@ -53,8 +53,19 @@ function svg(name, attributes = {}, ...children) {
 
 // ------------------------------------------------------------------------------------------------------------- polling
 
+// Where the server asks for a key, the address has it after #key=, which browsers do not send. It is kept for this tab and
+// taken out of the address, so that it is in no bookmark or picture.
+const key = new URLSearchParams(location.hash.slice(1)).get("key") ?? sessionStorage.getItem("key");
+if (key) {
+  sessionStorage.setItem("key", key);
+  if (location.hash) history.replaceState(null, "", location.pathname + location.search);
+}
+addEventListener("hashchange", () => location.reload());
+const withKey = (headers = {}) => (key ? { ...headers, "X-API-Key": key } : headers);
+
 async function get(path) {
-  const response = await fetch(path, { cache: "no-store", signal: AbortSignal.timeout(GIVE_UP_MS) });
+  const response = await fetch(path, { cache: "no-store", headers: withKey(), signal: AbortSignal.timeout(GIVE_UP_MS) });
+  state.locked = response.status === 401;
   if (!response.ok) throw new Error(`${path}: ${response.status}`);
   return response.json();
 }
@@ -108,7 +119,7 @@ async function run() {
 function show() {
   const gone = state.failures > 0;
   const condition = gone ? "unreachable" : state.status === "ready" ? "ready" : "waiting";
-  setText(byId("status"), gone ? "server not reachable" : state.status ?? "connecting");
+  setText(byId("status"), gone && state.locked ? "needs a key" : gone ? "server not reachable" : state.status ?? "connecting");
   byId("status").dataset.state = condition;
   document.body.toggleAttribute("data-stale", gone);
   if (state.about) {
@@ -130,7 +141,8 @@ function showNotice(gone) {
   const traffic = [...state.seconds.values()].some((second) => second.arrivals > 0);
   const curl = `curl --data-binary @photo.jpg '${new URL("predict?slo_ms=50", location.href)}'`;
   const content =
-    gone ? "The server cannot be reached. Trying again every second; the numbers below are the last ones known."
+    gone && state.locked ? "This server asks for an API key that it knows: open this page with #key= and the key behind its address."
+    : gone ? "The server cannot be reached. Trying again every second; the numbers below are the last ones known."
     : state.status === "draining" ? "The server is draining: it finishes what is queued and accepts nothing more."
     : state.status !== "ready" ? `Not ready: ${state.status}. A first start on a new device measures its latencies, which takes a minute or so.`
     : traffic || state.recent?.arrivals ? "" : "No traffic yet. Try an image below, or: ";
@@ -394,7 +406,7 @@ async function classify(event) {
   byId("send").disabled = true;
   const began = performance.now();
   try {
-    const headers = { "Content-Type": image.type || "application/octet-stream" };
+    const headers = withKey({ "Content-Type": image.type || "application/octet-stream" });
     const response = await fetch(`predict?${parameters}`, { method: "POST", body: image, headers });
     const reply = await response.json();
     byId("answer").replaceChildren(...(response.ok ? answered(reply, performance.now() - began) : refused(reply, response.status)));
