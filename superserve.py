@@ -553,19 +553,18 @@ SERVE = web.AppKey("serve", SuperServe)
 async def handle_predict(request: web.Request) -> web.Response:
     """POST /predict: one input, one answer."""
     serve, door = request.app[SERVE], request.app[DOOR]
-    let_in_s = door.let_in_s(request.protocol)
-    arrival_s = let_in_s or serve.clock()
+    visitor = door.visitor(request.protocol)
     try:
         parameters = parse_parameters(request.query, request.headers, serve.limits())
-        if let_in_s is None:
-            serve.turn_away(arrival_s, parameters)
+        if not visitor.accepted:
+            serve.turn_away(visitor.arrival_s, parameters)
         body = await read_body(request, parameters.slo_s, serve.config.max_body_bytes)
         decoded = serve.decode_inline(body, request.content_type)
         if decoded is None:
             decoded = await serve.decode(body, request.content_type)
     finally:
         door.leave(request.protocol)
-    reply = await serve.submit(decoded, arrival_s, parameters)
+    reply = await serve.submit(decoded, visitor.arrival_s, parameters)
     return web.Response(body=reply.json().encode(), content_type="application/json")
 
 

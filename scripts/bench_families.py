@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--images", type=int, default=4, help="of the one calibration batch (default: %(default)s)")
     add("--classes", type=int, default=1000, help="default: %(default)s, as the official checkpoint")
     add("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of weights, images and subnets")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     supernet = build(options.classes, options.seed)

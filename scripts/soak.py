@@ -280,7 +280,7 @@ KINDS = (
     _kind(image, 30), _kind(tensor, 20), _kind(as_json, 4), _kind(large_image, 1), _kind(v2_binary, 8),
     _kind(v2_json, 2), _kind(by_stream, 12), _kind(tensor_by_stream, 8), _kind(bad_by_stream, 2, 400, 429, 504),
     _kind(hopeless, 3, 504, 429), _kind(tight, 4), _kind(damaged, 2, 400, 429, 504),
-    _kind(misread, 3, 400, 404, 415, 429, 504), _kind(leave_while_waiting, 4), _kind(leave_while_sending, 2),
+    _kind(misread, 3, 400, 404, 413, 415, 429, 504), _kind(leave_while_waiting, 4), _kind(leave_while_sending, 2),
     _kind(leave_stream, 1),
 )  # fmt: skip
 

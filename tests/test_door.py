@@ -17,7 +17,7 @@ from serving import Clock, FakeEngine, config_of, fake_engine, image_array, list
 from yarl import URL
 
 from superserve import SERVE, SuperServe, make_app
-from web.door import DOOR, LOOP_SHARE, Door, whole_request
+from web.door import DOOR, LOOP_SHARE, Door, Visitor, whole_request
 from web.errors import NotReady, QueueFull, ServeError
 from web.inputs import Limits, Parameters, parse_parameters
 
@@ -150,7 +150,8 @@ def test_those_let_in_are_ahead_until_they_are_in_the_queue_and_cost_the_time_th
         assert door.answer(post(), connection) is None
     assert host.told == [(100, 1, 0), (100, 2, 0)], "the first is let in unasked, as nobody is ahead"
     host.clock.now_s += 0.002
-    assert (door.let_in_s("a"), door.let_in_s("nobody")) == (100, None)
+    assert (door.visitor("a"), door.visitor("b")) == (Visitor(100), Visitor(100, accepted=True))
+    assert door.visitor("nobody") == Visitor(host.clock())
     door.leave("a")
     host.clock.now_s += 0.001
     door.leave("b")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from http import HTTPStatus
 from typing import Protocol
@@ -58,6 +59,14 @@ class Host(Protocol):
     ) -> None: ...
 
 
+@dataclass(slots=True)
+class Visitor:
+    """A query at the door, since when, and whether it was found that it is not to be refused."""
+
+    arrival_s: float
+    accepted: bool = False
+
+
 class Door:
     """Refuses what would be refused in any case. ``count`` is told of each answer's route and status.
 
@@ -67,42 +76,43 @@ class Door:
     def __init__(self, host: Host, count: Callable[[str, int], object], *, keyed: bool = False) -> None:
         self._host, self._count, self.keyed = host, count, keyed
         self._known: dict[bytes, Parameters | None] = {}
-        self._inside: dict[object, float] = {}  # connections of those let in who are not in the queue yet; since when
+        self._inside: dict[object, Visitor] = {}  # by connection, those let in who are not in the queue yet
         self._left_s = self._each_s = 0.0  # when the last of them left, and how long each takes
 
     def answer(self, data: bytes, connection: object) -> bytes | None:
         """The whole answer to a request that is refused; None for all others. ``data`` is one ``whole_request``."""
         if not data.startswith(STARTS):
             return None
-        arrival_s = self._host.clock()
         self._inside.pop(connection, None)
+        visitor = Visitor(self._host.clock())
         if self._inside or self._host.crowded:
-            error = self._refusal(data, arrival_s)
+            error = self._refusal(data, visitor)
             if error is not None:
                 self._count(PATH, error.status)
                 return refusal_bytes(error)
-        self._inside[connection] = arrival_s
+        self._inside[connection] = visitor
         return None
 
-    def let_in_s(self, connection: object) -> float | None:
-        """When the request came that this connection's handler begins with; None if it was not looked at."""
-        return self._inside.get(connection)
+    def visitor(self, connection: object) -> Visitor:
+        """Who this connection's handler begins with; somebody who comes now, if nobody looked at the request here."""
+        return self._inside.get(connection) or Visitor(self._host.clock())
 
     def leave(self, connection: object) -> None:
         """The query of this connection is in the queue, or is none any more."""
-        since_s = self._inside.pop(connection, None)
-        if since_s is not None:
+        visitor = self._inside.pop(connection, None)
+        if visitor is not None:
             now_s = self._host.clock()
-            taken_s = min(LONGEST_S, now_s - max(since_s, self._left_s))
+            taken_s = min(LONGEST_S, now_s - max(visitor.arrival_s, self._left_s))
             self._left_s = now_s
             self._each_s += (taken_s - self._each_s) * 0.05
 
-    def _refusal(self, data: bytes, arrival_s: float) -> ServeError | None:
+    def _refusal(self, data: bytes, visitor: Visitor) -> ServeError | None:
         coming = len(self._inside)
         try:
             parameters = self._parameters(data[: data.index(END) + 4])
             if parameters is not None:
-                self._host.turn_away(arrival_s, parameters, coming, coming * self._each_s / LOOP_SHARE)
+                self._host.turn_away(visitor.arrival_s, parameters, coming, coming * self._each_s / LOOP_SHARE)
+                visitor.accepted = True
         except NotReady:
             return None
         except ServeError as error:
