@@ -224,11 +224,34 @@ class Refusal:
     error: ServeError
 
 
+@dataclass(frozen=True, slots=True)
+class Precedent:
+    """A query that was turned away as infeasible, when, and how many were coming before it."""
+
+    query: Query
+    refusal: Refusal
+    now_s: float
+    coming: int
+
+    def covers(self, now_s: float, slo_s: float, min_accuracy: float, coming: int) -> bool:
+        """Whether one that asks for the same, so much later, would be turned away, too."""
+        return (
+            now_s < self.now_s + ALIKE_S
+            and slo_s == self.query.slo_s
+            and min_accuracy == self.query.min_accuracy
+            and coming >= self.coming
+        )
+
+
 # A query is refused when so many times as many are due by its deadline as can be answered until then. Those that come
 # last would be the ones refused, where early drop gives up the most urgent and so gains time for larger batches: it is
 # left more to choose from than it can keep, and what is refused would not have been answered in any case.
 AHEAD = 2.0
 ROUNDING_S = 1e-9  # differences of instants are not exact
+# Of the share that is refused, by each arrival: the latest thousand or so count, those of some turns of the event loop.
+FOLLOWED = 0.001
+# A query is refused without another look when another like it was, so little before: in a flood, looking costs most.
+ALIKE_S = 0.002
 # The slowdown that is followed; slower than this is a hang, not a device to plan for.
 MOST_SLOWDOWN = 20.0
 NOTABLE = 1.15  # an entry's own correction is worth a new table from this factor on
@@ -247,7 +270,8 @@ class Dispatcher:
     policy dropped it early), infeasible and queue_full (rejected on arrival), failed, cancelled. When nothing is
     waiting or running, outcomes sum to arrivals.
 
-    ``max_queue`` bounds the waiting queries, and ``max_queue_bytes`` what their inputs take.
+    ``max_queue`` bounds the waiting queries, and ``max_queue_bytes`` what their inputs take. ``refused_share`` is the
+    part of the latest arrivals that were rejected.
     """
 
     def __init__(
@@ -270,6 +294,8 @@ class Dispatcher:
         self.idle_workers = workers
         self.overhead_s = 0.0
         self.slowdown = 1.0
+        self.refused_share = 0.0
+        self._precedent: Precedent | None = None
         self._measured_s = {entry.name: entry.latency_s for entry in table.entries}
         self.corrections = Corrections(self._measured_s)
         self.applied = dict.fromkeys(self._measured_s, 1.0)  # corrections that the table in use includes
@@ -296,8 +322,9 @@ class Dispatcher:
         if not self._has_room(query.deadline_s, query.input.nbytes, now_s):
             refusal = self.refusal(query, now_s, query.input.nbytes)
             if refusal is not None:
-                raise self._refuse_arrival(query, refusal)
+                raise self._refuse_arrival(query, refusal, now_s)
         self._arrive(now_s)
+        self.refused_share -= FOLLOWED * self.refused_share
         self.policy.arrived(now_s, max(0.0, query.slo_s - self.overhead_s) / self._stretch)
         self.heap.push(query)
 
@@ -307,15 +334,19 @@ class Dispatcher:
         """Raise what ``submit`` would raise for such a query, whose input takes so many bytes or more.
 
         Its input need not be there yet; so many others are coming before it, which takes so long. The query is counted
-        if it is refused, and only then.
+        if it is refused, and only then. One like it that comes right after it is refused with the same error.
         """
-        now_s = self.clock() + delay_s
-        if self._has_room(arrival_s + slo_s, nbytes * (coming + 1), now_s, coming):
+        now_s, precedent = self.clock(), self._precedent
+        alike = precedent is not None and precedent.covers(now_s, slo_s, min_accuracy, coming)
+        if not alike and self._has_room(arrival_s + slo_s, nbytes * (coming + 1), now_s + delay_s, coming):
             return
         query = Query(input=NOTHING, arrival_s=arrival_s, slo_s=slo_s, reply=NOBODY, min_accuracy=min_accuracy)
-        refusal = self.refusal(query, now_s, nbytes, coming)
+        if alike and precedent is not None:
+            raise self._refuse_arrival(query, precedent.refusal, now_s).with_traceback(None)
+        refusal = self.refusal(query, now_s + delay_s, nbytes, coming)
         if refusal is not None:
-            raise self._refuse_arrival(query, refusal)
+            self._precedent = Precedent(query, refusal, now_s, coming) if refusal.outcome == "infeasible" else None
+            raise self._refuse_arrival(query, refusal, now_s)
 
     def _has_room(self, deadline_s: float, nbytes: int, now_s: float, coming: int = 0) -> bool:
         """Whether a query is accepted for sure: a glance, which does for most; False leaves it to ``refusal``.
@@ -354,9 +385,10 @@ class Dispatcher:
         why = "the deadline cannot be met: too many queries are ahead"
         return Refusal("infeasible", self._too_late(query, why, predicted_s=None))
 
-    def _refuse_arrival(self, query: Query, refusal: Refusal) -> ServeError:
-        self._arrive(self.clock())
-        self._count(query, refusal.outcome)
+    def _refuse_arrival(self, query: Query, refusal: Refusal, now_s: float) -> ServeError:
+        self._arrive(now_s)
+        self.refused_share += FOLLOWED * (1 - self.refused_share)
+        self._count(query, refusal.outcome, now_s=now_s)
         if refusal.outcome == "infeasible" and not self.heap and self.idle_workers == self.workers:
             # No answer is on its way that could correct the estimates: a stall long past would refuse all for ever.
             self.overhead_s /= 2

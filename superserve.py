@@ -3,7 +3,7 @@
 The life of one query, top-down:
 
 1. ``handle_predict`` notes the arrival and reads the parameters; ``SuperServe.turn_away`` refuses what has no chance,
-   and in bursts ``Door.answer`` has done so before. Then the body is read: ``decode`` makes one network input of it.
+   and in a flood ``Door.answer`` has done so before. Then the body is read: ``decode`` makes one network input of it.
 2. ``SuperServe.submit`` makes a ``Query`` with its deadline; ``Dispatcher.submit`` rejects it when the heap is full or
    no choice can meet the deadline any more, else pushes it onto the ``DeadlineHeap``. The handler awaits the reply.
 3. ``SuperServe._pump`` runs when a query arrived, a worker became free or a deadline passed.
@@ -73,6 +73,8 @@ __all__ = [
 HANG_FACTOR = 10
 # The exit code when the device is lost: "try again" to a supervisor, who is to start a new process.
 EX_LOST = 75
+# A larger share of refused arrivals is a flood: refusing then takes more of the loop's time than serving.
+FLOOD = 0.5
 # What still reads or writes when the server has drained gets so long to end.
 LAST_WORDS_S = 3.0
 # Large bodies that are decoded, and large answers that are encoded, at a time. Images take several bytes per pixel.
@@ -335,9 +337,9 @@ class SuperServe:
             raise NotReady("draining", retry_after_s=1) from None
 
     @property
-    def crowded(self) -> bool:
-        """Whether queries wait, so that others may have to be refused for their sake."""
-        return self._waiting() > 0
+    def flooded(self) -> bool:
+        """Whether most of those who came of late were refused."""
+        return self.dispatcher is not None and self.dispatcher.refused_share > FLOOD
 
     def turn_away(self, arrival_s: float, parameters: Parameters, coming: int = 0, delay_s: float = 0.0) -> None:
         """Raise and count what ``submit`` would raise in a moment, whatever the input: it need not be decoded then.

@@ -110,7 +110,7 @@ class Crowded:
     """A server that refuses all queries, so that the door reads them."""
 
     clock = staticmethod(lambda: 0.0)
-    crowded = True
+    flooded = True
 
     def __init__(self, limits: Any) -> None:
         self._limits = limits

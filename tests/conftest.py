@@ -1,11 +1,16 @@
 """Fixtures and helpers that more than one test module uses."""
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 
 import pytest
+import serving
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
 from hypothesis import settings
 
 from slackfit import Choice, Latencies, ProfileTable, build_table
+from superserve import SERVE, make_app
 
 # Time limits per example would fail on a busy machine; 60 examples keep a property under a quarter of a second.
 settings.register_profile("superserve", deadline=None, max_examples=60)
@@ -36,6 +41,21 @@ def table() -> ProfileTable:
         choices.append(choice)
         latencies[choice.name] = Latencies(p50_s=each_s, p99_s=each_s)
     return build_table(choices, BATCH_SIZES, latencies)
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny servable with a latency table for this device, not to be changed."""
+    return serving.write_servable(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+async def client(profile: Path) -> AsyncIterator[TestClient[web.Request, web.Application]]:
+    """A client of a server that is ready."""
+    app = make_app(serving.config_of(profile))
+    async with TestClient(TestServer(app)) as client:
+        await app[SERVE].start_soon()
+        yield client
 
 
 def choice(name: str, accuracy: float, *, frontier: bool = True) -> Choice:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from torch import Tensor, nn
 
 from scripts import datasets, train
 from servable import InputSpec, Servable, create_servable
-from supernet import Subnet, SubnetSpace
+from supernet import Subnet, SubnetSpace, Supernet
 
 torch.set_num_threads(1)  # tensors this small are slower on several threads
 
@@ -79,3 +82,29 @@ def noise(images: int = 128, name: str = "digits", side: int = 8, channels: int 
 def digits() -> datasets.Dataset:
     """Scikit-learn's handwritten digits."""
     return datasets.load("digits")
+
+
+def differs(first: Tensor, second: Tensor) -> float:
+    """By how much they differ at most."""
+    return float((first - second).detach().abs().max())
+
+
+def worst_in_two_threads(
+    supernet: Supernet, chosen: Sequence[Subnet], inputs: tuple[Tensor, ...], rounds: int
+) -> float:
+    """By how much actuated subnets differ from extracted ones, while two threads run every second one of them each."""
+    alone = {subnet: supernet.extract(subnet)(*inputs) for subnet in chosen}
+    start, worst = threading.Barrier(2), [0.0, 0.0]
+
+    def run(thread: int) -> None:
+        torch.set_num_threads(1)
+        start.wait()
+        for subnet in itertools.islice(itertools.cycle(chosen[thread::2]), rounds):
+            worst[thread] = max(worst[thread], differs(supernet.actuate(subnet)(*inputs), alone[subnet]))
+
+    threads = [threading.Thread(target=run, args=(thread,)) for thread in range(2)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    return max(worst)

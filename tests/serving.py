@@ -2,10 +2,13 @@
 
 import asyncio
 import io
+import json
 import math
+import subprocess
+import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,8 @@ from slackfit import Choice, Latencies, ProfileTable, build_table
 from supernet import SubnetSpace
 from superserve import SERVE, Answer, Query, SuperServe, make_app
 from web.state import State
+
+ROOT = Path(__file__).parent.parent
 
 CLASSES = ("ant", "bee", "cat", "dog", "elk")
 SIDE = 8
@@ -246,3 +251,38 @@ async def listening_app(config: Config, app: web.Application | None = None) -> A
             yield url
     finally:
         await runner.cleanup()
+
+
+@dataclass
+class Process:
+    """The command, running; ``events`` are the lines of its log."""
+
+    popen: subprocess.Popen[str]
+    events: list[dict[str, Any]] = field(default_factory=list)
+    url: str = ""
+
+    def wait_for(self, event: str) -> dict[str, Any]:
+        assert self.popen.stderr is not None
+        for line in self.popen.stderr:
+            self.events.append(json.loads(line))
+            if self.events[-1]["event"] == event:
+                return self.events[-1]
+        raise AssertionError(f"ended before '{event}': {self.events}")
+
+    def named(self) -> list[str]:
+        return [event["event"] for event in self.events]
+
+
+@contextmanager
+def process(folder: Path, *arguments: str, script: str = "superserve.py") -> Iterator[Process]:
+    """The command as people start it, or another, with its log read up to ``ready``."""
+    command = [sys.executable, script, "--profile", str(folder), "--port", "0", "--device", "cpu"]
+    command += ["--threads", "1", "--default-slo-ms", str(PATIENT_MS), *arguments]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as popen:
+        started = Process(popen)
+        try:
+            started.url = started.wait_for("listening")["url"]
+            started.wait_for("ready")
+            yield started
+        finally:
+            popen.kill()

@@ -15,7 +15,6 @@ from typing import Any
 
 import aiohttp
 import pytest
-import serving
 from aiohttp import WSServerHandshakeError, web
 from aiohttp.test_utils import TestClient, TestServer
 from serving import config_of, image_array, listening_app
@@ -40,12 +39,6 @@ CLOSED = (
     ("POST", "/v2/models/tiny/infer"), ("POST", "/v2/repository/index"), ("GET", "/none"), ("DELETE", "/predict"),
 )  # fmt: skip
 OPEN = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready", "/", "/static/app.js")
-
-
-@pytest.fixture(scope="module")
-def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny servable with a latency table for this device, not to be changed."""
-    return serving.write_servable(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture

@@ -7,18 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import serving
 from serving import PATIENT_MS, config_of, fake_engine, image_file, turns_until
 
 from superserve import ASIDE, SuperServe
 from web.errors import BadRequest, NotReady
 
 LARGE_PNG = image_file("PNG", (600, 500))
-
-
-@pytest.fixture(scope="module")
-def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return serving.write_servable(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections import Counter
@@ -432,6 +433,53 @@ def test_the_queue_is_full_when_inputs_take_more_bytes_than_they_may() -> None:
     with pytest.raises(QueueFull):
         ask(1)
     assert dispatcher.heap.nbytes == 3000
+
+
+def test_the_share_that_is_refused_is_that_of_the_latest_arrivals() -> None:
+    clock = Clock()
+    dispatcher = Dispatcher(SMALL, make_policy("fixed:e0", SMALL), clock, workers=1, max_queue=100)
+
+    def arrive(count: int, slo_ms: float) -> float:
+        for _ in range(count):
+            query = make_query(clock, slo_ms)
+            with contextlib.suppress(DeadlineExceeded):
+                dispatcher.submit(query)
+            dispatcher.heap.discard(query)
+        return dispatcher.refused_share
+
+    assert arrive(10, 1000) == 0
+    assert arrive(500, 1) < 0.5 < arrive(500, 1) < 1
+    assert 0 < arrive(2000, 1000) < 0.1
+
+
+def test_one_like_another_that_was_turned_away_right_before_it_is_refused_without_a_look_and_counted() -> None:
+    clock = Clock()
+    dispatcher = Dispatcher(SMALL, make_policy("fixed:e0", SMALL), clock, workers=1, max_queue=100)
+
+    def error_of(slo_s: float, min_accuracy: float, coming: int, delay_s: float = 0.0) -> DeadlineExceeded | None:
+        try:
+            dispatcher.turn_away(clock(), slo_s, min_accuracy, 0, coming, delay_s)
+        except DeadlineExceeded as error:
+            return error
+        return None
+
+    first = error_of(1.0, 0.0, coming=5, delay_s=2.0)
+    assert first is not None
+    assert error_of(1.0, 0.0, coming=5) is first, "though there would be time for it"
+    assert error_of(1.0, 0.0, coming=6) is first
+    assert error_of(1.0, 0.0, coming=4) is None, "there are fewer before it"
+    assert error_of(1.1, 0.0, coming=5) is None
+    assert error_of(1.0, 0.1, coming=5) is None
+    clock.now_s += 0.0021
+    assert error_of(1.0, 0.0, coming=5) is None
+    assert dispatcher.counters == {"arrivals": 3, "infeasible": 3}
+    error = first
+    for _ in range(10):
+        error = error_of(0.001, 0.0, coming=0)
+    assert error is not None
+    assert error.__traceback__ is not None
+    assert error.__traceback__.tb_next is not None
+    assert error.__traceback__.tb_next.tb_next is None, "what is raised again and again does not grow"
 
 
 def test_retry_after_is_when_half_of_the_queue_is_done_or_due() -> None:

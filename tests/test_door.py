@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import serving
 from aiohttp import web
 from serving import Clock, FakeEngine, config_of, fake_engine, image_array, listening_app, turns_until
 from yarl import URL
@@ -66,7 +65,7 @@ class Host:
     """A server that refuses with the error there is, and remembers what it was asked."""
 
     error: ServeError | None = field(default_factory=lambda: QueueFull("full", retry_after_s=3))
-    crowded: bool = True
+    flooded: bool = True
     clock: Clock = field(default_factory=Clock)
     asked: list[Parameters] = field(default_factory=list)
     told: list[tuple[float, int, float]] = field(default_factory=list)
@@ -137,20 +136,24 @@ def test_who_is_not_refused_goes_on_uncounted(error: ServeError | None) -> None:
     assert host.counted == []
 
 
-def test_nobody_is_refused_where_nobody_waits() -> None:
-    host = Host(crowded=False)
-    assert Door(host, host.count).answer(post(), "here") is None
+def test_nobody_is_refused_here_without_a_flood() -> None:
+    host = Host(flooded=False)
+    door = Door(host, host.count)
+    assert [door.answer(post(), connection) for connection in range(150)] == [None] * 150
     assert host.asked == []
+    host.flooded = True
+    assert door.answer(post(), 150) is not None
+    assert host.told == [(100, 150, 0)], "those who came before are ahead all the same"
 
 
 def test_those_let_in_are_ahead_until_they_are_in_the_queue_and_cost_the_time_that_it_took() -> None:
-    host = Host(error=None, crowded=False)
+    host = Host(error=None)
     door = Door(host, host.count)
     for connection in ("a", "b", "c"):
         assert door.answer(post(), connection) is None
-    assert host.told == [(100, 1, 0), (100, 2, 0)], "the first is let in unasked, as nobody is ahead"
+    assert host.told == [(100, 0, 0), (100, 1, 0), (100, 2, 0)]
     host.clock.now_s += 0.002
-    assert (door.visitor("a"), door.visitor("b")) == (Visitor(100), Visitor(100, accepted=True))
+    assert (door.visitor("a"), door.visitor("b")) == (Visitor(100, accepted=True), Visitor(100, accepted=True))
     assert door.visitor("nobody") == Visitor(host.clock())
     door.leave("a")
     host.clock.now_s += 0.001
@@ -163,7 +166,7 @@ def test_those_let_in_are_ahead_until_they_are_in_the_queue_and_cost_the_time_th
     for connection in ("c", "d"):
         door.leave(connection)
     assert door.answer(post(), "e") is None
-    assert len(host.told) == 3
+    assert host.told[-1] == (host.clock(), 0, 0), "all those who were let in are in the queue by now"
 
 
 def test_more_heads_than_are_remembered_are_read_all_the_same() -> None:
@@ -180,15 +183,9 @@ def test_more_heads_than_are_remembered_are_read_all_the_same() -> None:
 # ---------------------------------------------------------------------------------------------------- over real sockets
 
 
-@pytest.fixture(scope="module")
-def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny servable with a latency table for this device, not to be changed."""
-    return serving.write_servable(tmp_path_factory.mktemp("tiny"))
-
-
 @dataclass
 class Full:
-    """A server with one query running and one in its queue, which has no place for another."""
+    """A server in a flood, with one query running and one in its queue, which has no place for another."""
 
     serve: SuperServe
     engine: FakeEngine
@@ -225,6 +222,8 @@ async def full(profile: Path, app_of: Any = make_app) -> AsyncIterator[Full]:
         for number, stream in enumerate(streams, start=1):
             asking.append(asyncio.create_task(ask(*stream, post())))
             await turns_until(lambda: found.counters.get("arrivals") == number and engine.batches)  # noqa: B023
+        assert found.serve.dispatcher is not None
+        found.serve.dispatcher.refused_share = 1.0
         try:
             yield found
         finally:

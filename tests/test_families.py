@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import random
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fixtures_families import BERT, MOBILENET, RESNET, TINY, Tiny
-from fixtures_supernet import INPUT
+from fixtures_supernet import INPUT, differs, worst_in_two_threads
 from torch import Tensor, nn
 
 import supernets
@@ -35,10 +34,6 @@ from supernets.ofa_mobilenet import KernelConv2d, OfaMobileNetSubnet
 from supernets.ofa_resnet import OfaResNetSpace, OfaResNetSubnet
 
 FAMILIES = pytest.mark.parametrize("tiny", list(TINY.values()), ids=list(TINY))
-
-
-def differs(first: Tensor, second: Tensor) -> float:
-    return float((first - second).detach().abs().max())
 
 
 # --------------------------------------------------------------------------------------------------------- all of them
@@ -93,22 +88,9 @@ def test_the_smallest_subnet_has_fewer_weights_and_computes_less(tiny: Tiny) -> 
 @pytest.mark.slow
 @FAMILIES
 def test_two_subnets_run_at_the_same_time(tiny: Tiny) -> None:
-    supernet, inputs, rng = tiny.supernet(), tiny.inputs(), random.Random(1)
+    rng = random.Random(1)
     chosen = [tiny.space.sample(rng) for _ in range(6)]
-    alone = {subnet: supernet.extract(subnet)(*inputs) for subnet in chosen}
-    worst = [0.0, 0.0]
-
-    def run(thread: int) -> None:
-        torch.set_num_threads(1)
-        for subnet in itertools.islice(itertools.cycle(chosen[thread::2]), 20):
-            worst[thread] = max(worst[thread], differs(supernet.actuate(subnet)(*inputs), alone[subnet]))
-
-    threads = [threading.Thread(target=run, args=(thread,)) for thread in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert max(worst) <= 1e-12
+    assert worst_in_two_threads(tiny.supernet(), chosen, tiny.inputs(), 20) <= 1e-12
 
 
 @FAMILIES

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import serving
 import uvloop
 from aiohttp import web
 from PIL import Image
@@ -53,12 +52,6 @@ def on_uvloop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., N
         uvloop.run(test(*arguments, **fixtures))
 
     return run
-
-
-@pytest.fixture(scope="module")
-def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny servable with a latency table for this device, not to be changed."""
-    return serving.write_servable(tmp_path_factory.mktemp("tiny"))
 
 
 @dataclass

@@ -14,8 +14,8 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
@@ -27,7 +27,19 @@ import serving
 import torch
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
-from serving import LARGE, SMALL, FakeEngine, config_of, fake_engine, image_array, image_file, turns_until
+from serving import (
+    LARGE,
+    ROOT,
+    SMALL,
+    FakeEngine,
+    Process,
+    config_of,
+    fake_engine,
+    image_array,
+    image_file,
+    process,
+    turns_until,
+)
 
 import superserve
 from config import Config
@@ -36,17 +48,10 @@ from web.errors import json_errors
 
 Client = TestClient[web.Request, web.Application]
 
-ROOT = Path(__file__).parent.parent
 PIXELS = image_array(0)
 PLANES = np.random.default_rng(0).standard_normal((3, 8, 8)).astype(np.float32)
 BODY_LIMIT = 300_000
 RAW = {"Content-Type": "application/octet-stream"}
-
-
-@pytest.fixture(scope="module")
-def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny servable with a latency table for this device, not to be changed."""
-    return serving.write_servable(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
@@ -587,41 +592,6 @@ def test_a_port_in_use_stops_the_start_with_a_line(profile: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert re.search(rf"{port}.*in use", stopped_with(profile, "--port", str(port)))
-
-
-@dataclass
-class Process:
-    """The command, running; ``events`` are the lines of its log."""
-
-    popen: subprocess.Popen[str]
-    events: list[dict[str, Any]] = field(default_factory=list)
-    url: str = ""
-
-    def wait_for(self, event: str) -> dict[str, Any]:
-        assert self.popen.stderr is not None
-        for line in self.popen.stderr:
-            self.events.append(json.loads(line))
-            if self.events[-1]["event"] == event:
-                return self.events[-1]
-        raise AssertionError(f"ended before '{event}': {self.events}")
-
-    def named(self) -> list[str]:
-        return [event["event"] for event in self.events]
-
-
-@contextmanager
-def process(folder: Path, *arguments: str) -> Iterator[Process]:
-    """The command as people start it, with its log read up to ``ready``."""
-    command = [sys.executable, "superserve.py", "--profile", str(folder), "--port", "0", "--device", "cpu"]
-    command += ["--threads", "1", "--default-slo-ms", str(serving.PATIENT_MS), *arguments]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as popen:
-        started = Process(popen)
-        try:
-            started.url = started.wait_for("listening")["url"]
-            started.wait_for("ready")
-            yield started
-        finally:
-            popen.kill()
 
 
 @pytest.mark.slow

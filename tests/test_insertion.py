@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import random
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fixtures_foreign import FOREIGN, BasicBlock, Encoder, Foreign, ResNet, basic, bottleneck
-from fixtures_supernet import randomise
+from fixtures_supernet import differs, randomise, worst_in_two_threads
 from torch import Tensor, nn
 
 from insertion import groups_of, make_elastic, sort_channels
@@ -23,10 +22,6 @@ from subnets import Subnet, SubnetSpace, SupernetError
 from supernet import count_macs, count_parameters
 
 EACH = pytest.mark.parametrize("foreign", list(FOREIGN.values()), ids=list(FOREIGN))
-
-
-def differs(first: Tensor, second: Tensor) -> float:
-    return float((first - second).detach().abs().max())
 
 
 # ------------------------------------------------------------------------------------------------------------- oracles
@@ -92,20 +87,7 @@ def test_two_subnets_run_at_the_same_time(foreign: Foreign) -> None:
     inputs, rng = foreign.inputs(), random.Random(1)
     supernet = make_elastic(foreign.network(), *inputs).supernet
     chosen = [supernet.space.sample(rng) for _ in range(6)]
-    alone = {subnet: supernet.extract(subnet)(*inputs) for subnet in chosen}
-    worst = [0.0, 0.0]
-
-    def run(thread: int) -> None:
-        torch.set_num_threads(1)
-        for subnet in itertools.islice(itertools.cycle(chosen[thread::2]), 12):
-            worst[thread] = max(worst[thread], differs(supernet.actuate(subnet)(*inputs), alone[subnet]))
-
-    threads = [threading.Thread(target=run, args=(thread,)) for thread in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert max(worst) <= 1e-12
+    assert worst_in_two_threads(supernet, chosen, inputs, 12) <= 1e-12
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import glob
 import re
 import shutil
 import tomllib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html.parser import HTMLParser
@@ -40,19 +40,6 @@ RAW = {"Content-Type": "application/octet-stream"}
 ROOT = Path(__file__).parents[1]
 STATIC = ROOT / "web" / "static"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-
-
-@pytest.fixture(scope="module")
-def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return serving.write_servable(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture
-async def client(profile: Path) -> AsyncIterator[Client]:
-    app = make_app(config_of(profile))
-    async with TestClient(TestServer(app)) as client:
-        await app[SERVE].start_soon()
-        yield client
 
 
 @dataclass

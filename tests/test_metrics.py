@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from serving import (
 from config import Config
 from dispatcher import Dispatcher
 from slackfit import make_policy
-from superserve import SERVE, SuperServe, make_app
+from superserve import SuperServe, make_app
 from web.errors import DeadlineExceeded, QueueFull
 from web.metrics import OUTCOMES, Distribution, Metrics
 
@@ -45,20 +45,6 @@ SUFFIXES = {
     "histogram": ("_bucket", "_sum", "_count"),
     "summary": ("_sum", "_count"),
 }
-
-
-@pytest.fixture(scope="module")
-def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return serving.write_servable(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture
-async def client(profile: Path) -> AsyncIterator[TestClient[web.Request, web.Application]]:
-    """A client of a server that is ready."""
-    app = make_app(config_of(profile))
-    async with TestClient(TestServer(app)) as client:
-        await app[SERVE].start_soon()
-        yield client
 
 
 def value(metrics: Metrics, name: str, **labels: str) -> float | None:

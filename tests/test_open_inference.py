@@ -52,11 +52,6 @@ BODY_LIMIT = 300_000
 # -------------------------------------------------------------------------------------------------------------- servers
 
 
-@pytest.fixture(scope="module")
-def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return serving.write_servable(tmp_path_factory.mktemp("tiny"))
-
-
 @dataclass
 class Background:
     """A server on a thread of its own, for clients that block."""

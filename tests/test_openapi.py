@@ -5,15 +5,13 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import jsonschema_rs
 import pytest
-import serving
 from aiohttp import web
-from aiohttp.test_utils import TestClient, TestServer
+from aiohttp.test_utils import TestClient
 from serving import Served, config_of, image_array
 
 from superserve import SERVE, SuperServe, make_app
@@ -25,19 +23,6 @@ RAW = {"Content-Type": "application/octet-stream"}
 PIXELS = image_array(0).tobytes()
 # Refused whatever is sent, so that there is nothing to describe.
 REFUSED = ("/v2/logging", "/v2/trace", "/v2/systemsharedmemory", "/v2/cudasharedmemory", "trace/setting")
-
-
-@pytest.fixture(scope="module")
-def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return serving.write_servable(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture
-async def client(profile: Path) -> AsyncIterator[TestClient[web.Request, web.Application]]:
-    app = make_app(config_of(profile))
-    async with TestClient(TestServer(app)) as client:
-        await app[SERVE].start_soon()
-        yield client
 
 
 def schema_of(described: dict[str, Any], path: str, status: str = "200", method: str = "get") -> dict[str, Any]:

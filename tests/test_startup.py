@@ -21,12 +21,6 @@ from startup import Finding, TableFile, check, check_policy
 from superserve import SuperServe
 
 
-@pytest.fixture(scope="module")
-def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny servable with a latency table for this device, not to be changed."""
-    return serving.write_servable(tmp_path_factory.mktemp("tiny"))
-
-
 @pytest.fixture
 def own(profile: Path, tmp_path: Path) -> Path:
     """A copy of the profile, to be changed."""

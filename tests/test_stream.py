@@ -36,12 +36,6 @@ LARGE_PNG = image_file("PNG", (600, 500))
 Socket = aiohttp.ClientWebSocketResponse
 
 
-@pytest.fixture(scope="module")
-def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny servable with a latency table for this device, not to be changed."""
-    return serving.write_servable(tmp_path_factory.mktemp("tiny"))
-
-
 @pytest.fixture
 def config(profile: Path) -> Config:
     return config_of(profile, max_body_bytes=BODY_LIMIT)

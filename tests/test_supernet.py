@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import random
 import statistics
-import threading
 import time
 from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 import torch.nn.functional as F
-from fixtures_supernet import SPACE, STAGES, images, randomise, tiny_servable
+from fixtures_supernet import SPACE, STAGES, images, randomise, tiny_servable, worst_in_two_threads
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -456,24 +454,8 @@ def test_actuated_equals_extracted_for_fifty_random_subnets() -> None:
 
 @pytest.mark.slow
 def test_two_subnets_run_at_the_same_time() -> None:
-    supernet, x = double_supernet(), images(4, dtype=torch.float64)
     chosen = random.Random(1).sample(list(SPACE), 8)
-    serial = {subnet: supernet.extract(subnet)(x) for subnet in chosen}
-    start, worst = threading.Barrier(2), [0.0, 0.0]
-
-    def run(thread: int) -> None:
-        torch.set_num_threads(1)
-        start.wait()
-        for subnet in itertools.islice(itertools.cycle(chosen[thread::2]), 150):
-            difference = (supernet.actuate(subnet)(x) - serial[subnet]).abs().max().item()
-            worst[thread] = max(worst[thread], difference)
-
-    threads = [threading.Thread(target=run, args=(thread,)) for thread in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert max(worst) <= 1e-12
+    assert worst_in_two_threads(double_supernet(), chosen, (images(4, dtype=torch.float64),), 150) <= 1e-12
 
 
 def test_actuate_there_and_back_is_identity() -> None:

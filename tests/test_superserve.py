@@ -699,12 +699,6 @@ def test_every_query_is_answered_exactly_once(
 # -------------------------------------------------------------------------------------------- the server without HTTP
 
 
-@pytest.fixture(scope="module")
-def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny servable with a latency table for this device, not to be changed."""
-    return serving.write_servable(tmp_path_factory.mktemp("tiny"))
-
-
 @pytest.fixture
 async def tidy() -> AsyncIterator[None]:
     """Fails a test that leaves tasks or futures with exceptions that nobody looked at."""

@@ -28,9 +28,19 @@ from faults import Faults, poison
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from serving import LARGE, SMALL, Clock, config_of, fake_engine, image_array, outputs_for, turns_until
+from serving import (
+    LARGE,
+    SMALL,
+    Clock,
+    Process,
+    config_of,
+    fake_engine,
+    image_array,
+    outputs_for,
+    process,
+    turns_until,
+)
 from test_dispatcher import Ledger
-from test_http import Process
 
 import engine
 import superserve
@@ -488,18 +498,10 @@ async def test_a_thousand_clients_that_disconnect_free_their_places_and_harm_nob
 
 
 @contextmanager
-def process(folder: Path, *arguments: str) -> Iterator[Process]:
+def poisonable(folder: Path, *arguments: str) -> Iterator[Process]:
     """The command with an engine for poison, ready."""
-    command = [sys.executable, "tests/faults.py", "--profile", str(folder), "--port", "0", "--device", "cpu"]
-    command += ["--threads", "1", "--default-slo-ms", str(serving.PATIENT_MS), *arguments]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as popen:
-        started = Process(popen)
-        try:
-            started.url = started.wait_for("listening")["url"]
-            started.wait_for("ready")
-            yield started
-        finally:
-            popen.kill()
+    with process(folder, *arguments, script="tests/faults.py") as started:
+        yield started
 
 
 def asked(url: str, data: bytes | None = None) -> tuple[int, dict[str, Any]]:
@@ -515,7 +517,7 @@ def asked(url: str, data: bytes | None = None) -> tuple[int, dict[str, Any]]:
 
 @pytest.mark.slow
 async def test_sigterm_under_load_turns_readiness_first_and_loses_no_accepted_query(profile: Path) -> None:
-    with process(profile, "--drain-timeout-s", "20") as server:
+    with poisonable(profile, "--drain-timeout-s", "20") as server:
         loop = asyncio.get_running_loop()
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
@@ -559,7 +561,7 @@ async def _all(tasks: list[asyncio.Task[Any]]) -> list[asyncio.Task[Any]]:
 @pytest.mark.slow
 def test_sigterm_while_a_batch_hangs_ends_the_process_in_time(profile: Path) -> None:
     patient = ("--drain-timeout-s", "0.2", "--hang-timeout-s", "1000")
-    with process(profile, *patient) as server, ThreadPoolExecutor() as pool:
+    with poisonable(profile, *patient) as server, ThreadPoolExecutor() as pool:
         client = pool.submit(asked, f"{server.url}/predict", poison("hang").tobytes())
         server.wait_for("a batch hangs")
         began_s = time.perf_counter()
@@ -573,7 +575,7 @@ def test_sigterm_while_a_batch_hangs_ends_the_process_in_time(profile: Path) -> 
 
 @pytest.mark.slow
 def test_a_lost_device_ends_the_process_with_the_code_for_a_restart(profile: Path) -> None:
-    with process(profile) as server:
+    with poisonable(profile) as server:
         assert asked(f"{server.url}/predict", GOOD.tobytes())[0] == 200
         began_s = time.perf_counter()
         status, document = asked(f"{server.url}/predict", poison("lost").tobytes())
@@ -590,7 +592,7 @@ def test_a_lost_device_ends_the_process_with_the_code_for_a_restart(profile: Pat
 
 @pytest.mark.slow
 def test_hangs_beyond_those_replaced_end_the_process_with_the_code_for_a_restart(profile: Path) -> None:
-    with process(profile, "--hang-timeout-s", "1") as server:
+    with poisonable(profile, "--hang-timeout-s", "1") as server:
         for number in range(engine.REPLACEMENTS + 1):
             began_s = time.perf_counter()
             status, document = asked(f"{server.url}/predict", poison("hang").tobytes())
@@ -609,7 +611,7 @@ def test_after_sigkill_under_load_the_server_is_ready_again_from_the_stored_tabl
 ) -> None:
     own = Path(shutil.copytree(profile, tmp_path / "own"))
     before = {path.name: path.read_bytes() for path in own.iterdir()}
-    with process(own) as server, ThreadPoolExecutor() as pool:
+    with poisonable(own) as server, ThreadPoolExecutor() as pool:
         clients = [pool.submit(asked, f"{server.url}/predict", poison("slow").tobytes()) for _ in range(4)]
         server.wait_for("a slow batch")
         server.popen.kill()
@@ -617,7 +619,7 @@ def test_after_sigkill_under_load_the_server_is_ready_again_from_the_stored_tabl
         assert {client.result(30)[0] for client in clients} <= {0, 200}
     assert {path.name: path.read_bytes() for path in own.iterdir()} == before
     began_s = time.perf_counter()
-    with process(own) as server:
+    with poisonable(own) as server:
         ready_s = time.perf_counter() - began_s
         assert "profiling" not in server.named()
         assert asked(f"{server.url}/predict", GOOD.tobytes())[0] == 200
@@ -634,6 +636,6 @@ def test_sigkill_while_profiling_leaves_nothing_that_hinders_the_next_start(prof
         Process(popen).wait_for("profiling")
         popen.kill()
     assert not list(own.glob("latency-*"))
-    with process(own) as server:
+    with poisonable(own) as server:
         assert "profiling" in server.named()
     assert len(list(own.glob("latency-*.json"))) == 1
