@@ -20,15 +20,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import functools
-import json
 import logging
 import math
 import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -59,6 +57,7 @@ from web.live import Live, Page, add_live
 from web.metrics import Metrics, add_metrics
 from web.open_inference import OpenInference
 from web.openapi import add_openapi
+from web.replies import Prediction, Reply
 from web.state import State, version
 from web.statistics import Statistics
 from web.stream import StreamLimits, add_stream
@@ -84,53 +83,6 @@ Result = TypeVar("Result")
 
 
 # ------------------------------------------------------------------------------------------------------------- serving
-
-
-# These two are not frozen: each query makes both, and setting the fields of a frozen class takes three times as long.
-@dataclass(slots=True, kw_only=True)
-class Prediction:
-    """One class with its probability."""
-
-    label: str
-    index: int
-    probability: float
-
-    def json(self) -> str:
-        """The JSON form."""
-        return f'{{"label": {_quoted(self.label)}, "index": {self.index}, "probability": {self.probability:.4g}}}'
-
-
-@dataclass(slots=True, kw_only=True)
-class Reply:
-    """The answer to one query: what was seen, by which subnet, how accurate that subnet is, and when.
-
-    ``predictions`` are the likeliest classes, ``probabilities`` those of all classes.
-    """
-
-    predictions: tuple[Prediction, ...]
-    subnet: str
-    accuracy: float
-    batch_size: int
-    slo_s: float
-    latency_s: float
-    queue_s: float
-    deadline_met: bool
-    probabilities: NDArray[np.float32] = field(compare=False, repr=False)
-
-    def json(self) -> str:
-        """The JSON form, durations in milliseconds; written by hand, as json.dumps takes four times as long."""
-        return (
-            f'{{"predictions": [{", ".join([each.json() for each in self.predictions])}], '
-            f'"subnet": {_quoted(self.subnet)}, "accuracy": {self.accuracy:.4g}, "batch_size": {self.batch_size}, '
-            f'"slo_ms": {self.slo_s * 1e3:.7g}, "latency_ms": {self.latency_s * 1e3:.6g}, '
-            f'"queue_ms": {self.queue_s * 1e3:.6g}, "deadline_met": {"true" if self.deadline_met else "false"}}}'
-        )
-
-
-@functools.lru_cache(4096)
-def _quoted(name: str) -> str:
-    """A label or a subnet as JSON; there are few, and many queries."""
-    return json.dumps(name)
 
 
 @dataclass(slots=True, eq=False)
