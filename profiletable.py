@@ -22,6 +22,8 @@ from wholefile import read_text, write_text
 
 SCHEMA = 1
 KINDS = ("subnet", "ensemble")
+COMBINATIONS = ("mean", "vote")
+MOST_MEMBERS = 8
 DEVICE_KINDS = ("cpu", "cuda", "synthetic")  # synthetic: made up, to be simulated and never served
 NOISE = 0.2  # a larger batch may be measured this much faster than a smaller one before the profile is refused
 LONGEST_S = 3600.0  # no batch takes an hour: a longer latency is a wrong unit or an infinity
@@ -62,6 +64,23 @@ class Device:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Ensemble:
+    """How several subnets answer together: the weighted mean of their class probabilities, or their weighted votes.
+
+    ``weights`` sum to 1; in a vote, each member gives its weight to the class that it finds likeliest.
+    """
+
+    members: tuple[str, ...]  # names of choices of the kind subnet
+    combination: str  # one of COMBINATIONS
+    weights: tuple[float, ...]
+
+    @property
+    def name(self) -> str:
+        """Canonical name: the members', joined."""
+        return "+".join(self.members)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
     """One row of choices.json: a subnet or ensemble and what is known of it on any device."""
 
@@ -73,6 +92,7 @@ class Choice:
     parameters: int
     macs: int
     frontier: bool  # worth profiling on a device
+    ensemble: Ensemble | None = None  # of the kind ensemble, and only of that
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -322,7 +342,11 @@ def load_choices(folder: Path) -> tuple[Choice, ...]:
         document = _read(path, ("choices",))
         rows = _array(document["choices"], "choices")
         choices = tuple(_parse_choice(row, f"choices[{index}]") for index, row in enumerate(rows))
-        _by_unique_name(choices)
+        known = _by_unique_name(choices)
+        for index, choice in enumerate(choices):
+            for member in choice.ensemble.members if choice.ensemble else ():
+                if member not in known or known[member].ensemble:
+                    raise ProfileError(f"choices[{index}].ensemble.members: there is no subnet '{member}'")
         return choices
 
 
@@ -350,7 +374,11 @@ def refuse_synthetic(folder: Path) -> None:
 
 def save_choices(folder: Path, choices: Iterable[Choice]) -> None:
     """Write the folder's choices.json, whole or not at all."""
-    _write(Path(folder) / "choices.json", {"schema": SCHEMA, "choices": [asdict(choice) for choice in choices]})
+    rows = [
+        {name: value for name, value in asdict(choice).items() if value is not None or name != "ensemble"}
+        for choice in choices
+    ]
+    _write(Path(folder) / "choices.json", {"schema": SCHEMA, "choices": rows})
 
 
 def save_latencies(path: Path, device: Device, batch_sizes: Sequence[int], latencies: Mapping[str, Latencies]) -> None:
@@ -401,18 +429,35 @@ def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _parse_choice(value: object, where: str) -> Choice:
-    row = _record(value, where, [spec.name for spec in fields(Choice)])
-    tested = row["test_accuracy"]
+    kind = _text(_mapping(value, where).get("kind"), f"{where}.kind", KINDS)
+    row = _record(value, where, [spec.name for spec in fields(Choice) if spec.name != "ensemble" or kind == "ensemble"])
+    tested, name = row["test_accuracy"], _text(row["name"], f"{where}.name")
     return Choice(
-        name=_text(row["name"], f"{where}.name"),
-        kind=_text(row["kind"], f"{where}.kind", KINDS),
+        name=name,
+        kind=kind,
         accuracy=_number(row["accuracy"], f"{where}.accuracy", 0, 1),
         accuracy_samples=_count(row["accuracy_samples"], f"{where}.accuracy_samples", 1),
         test_accuracy=None if tested is None else _number(tested, f"{where}.test_accuracy", 0, 1),
         parameters=_count(row["parameters"], f"{where}.parameters", 1),
         macs=_count(row["macs"], f"{where}.macs", 1),
         frontier=_flag(row["frontier"], f"{where}.frontier"),
+        ensemble=_parse_ensemble(row["ensemble"], f"{where}.ensemble", name) if kind == "ensemble" else None,
     )
+
+
+def _parse_ensemble(value: object, where: str, name: str) -> Ensemble:
+    row = _record(value, where, [spec.name for spec in fields(Ensemble)])
+    members = tuple(_text(each, f"{where}.members") for each in _array(row["members"], f"{where}.members"))
+    weights = tuple(_number(each, f"{where}.weights", 0, 1) for each in _array(row["weights"], f"{where}.weights"))
+    if not 2 <= len(members) <= MOST_MEMBERS or len(set(members)) < len(members):
+        raise ProfileError(f"{where}.members: must be 2 to {MOST_MEMBERS} different subnets, not {list(members)}")
+    if len(weights) != len(members) or abs(sum(weights) - 1) > 1e-6:
+        raise ProfileError(f"{where}.weights: must be one per member and sum to 1, not {list(weights)}")
+    combination = _text(row["combination"], f"{where}.combination", COMBINATIONS)
+    ensemble = Ensemble(members=members, combination=combination, weights=weights)
+    if name != ensemble.name:
+        raise ProfileError(f"{where}.members: those of '{name}' would be {name.split('+')}, not {list(members)}")
+    return ensemble
 
 
 def _parse_device(value: object) -> Device:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import math
 import random
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from profiletable import (
     Corrections,
     Device,
     DeviceMismatch,
+    Ensemble,
     Latencies,
     ProfileError,
     ProfileTable,
@@ -248,6 +250,10 @@ LATENCIES: dict[str, Any] = {
         "b": {"p50_ms": [2, 4, 6], "p99_ms": [4, 6, 8]},
     },
 }
+ENSEMBLE: dict[str, Any] = {
+    **CHOICES["choices"][0], "name": "a+b", "kind": "ensemble", "accuracy": 0.8,
+    "ensemble": {"members": ["a", "b"], "combination": "mean", "weights": [0.4, 0.6]},
+}  # fmt: skip
 MISSING = object()
 
 
@@ -268,6 +274,41 @@ def edited(document: dict[str, Any], path: Sequence[str | int], value: object) -
 def read_choices(folder: Path, text: str) -> tuple[Choice, ...]:
     (folder / "choices.json").write_text(text)
     return load_choices(folder)
+
+
+def test_an_ensemble_is_written_as_it_was_read(tmp_path: Path) -> None:
+    choices = read_choices(tmp_path, json.dumps({**CHOICES, "choices": [*CHOICES["choices"], ENSEMBLE]}))
+    assert choices[3].ensemble == Ensemble(members=("a", "b"), combination="mean", weights=(0.4, 0.6))
+    assert choices[0].ensemble is None
+    save_choices(tmp_path, choices)
+    assert load_choices(tmp_path) == choices
+    assert "ensemble" not in json.loads((tmp_path / "choices.json").read_text())["choices"][0]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["name"], "b+a", "those of 'b+a' would be ['b', 'a'], not ['a', 'b']"),
+        (["kind"], "subnet", "ensemble: unknown field"),
+        (["ensemble"], MISSING, "ensemble: missing"),
+        (["ensemble", "members"], ["a"], "members: must be 2 to 8 different subnets, not ['a']"),
+        (["ensemble", "members"], ["a", "a"], "members: must be 2 to 8 different subnets"),
+        (["ensemble", "weights"], [1], "weights: must be one per member and sum to 1, not [1.0]"),
+        (["ensemble", "weights"], [0.5, 0.6], "weights: must be one per member and sum to 1"),
+        (["ensemble", "combination"], "sum", "combination: must be mean or vote, not 'sum'"),
+    ],
+)
+def test_an_impossible_ensemble_is_refused(tmp_path: Path, path: list[str], value: object, message: str) -> None:
+    broken = json.loads(edited(ENSEMBLE, path, value))
+    with pytest.raises(ProfileError, match=re.escape("choices[3]")) as caught:
+        read_choices(tmp_path, json.dumps({**CHOICES, "choices": [*CHOICES["choices"], broken]}))
+    assert message in str(caught.value)
+
+
+def test_the_members_of_an_ensemble_are_subnets_that_are_there(tmp_path: Path) -> None:
+    other = {**ENSEMBLE, "name": "c+d", "ensemble": {**ENSEMBLE["ensemble"], "members": ["c", "d"]}}
+    with pytest.raises(ProfileError, match=re.escape("choices[4].ensemble.members: there is no subnet 'd'")):
+        read_choices(tmp_path, json.dumps({**CHOICES, "choices": [*CHOICES["choices"], ENSEMBLE, other]}))
 
 
 def read_latencies(folder: Path, text: str) -> ProfileTable:
