@@ -2,9 +2,9 @@
 
 import copy
 import json
-import re
 import math
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
