@@ -4,9 +4,12 @@ The largest learns from the labels; the others learn from the largest's probabil
 distillation; Yu et al., "Universally Slimmable Networks", ICCV 2019). Writes a servable (supernet.json, weights, norm
 statistics of the largest and the smallest) and train_log.jsonl; scripts/profile_supernet.py makes it complete.
 
+With --zoo: separate networks of three architectures instead, each from the labels, on images in an order of its own.
+
     python scripts/train.py --data digits --out profiles/digits
     python scripts/train.py --data ../shared/data/cifar10_jpeg.npz --out profiles/cifar10 --bfloat16 --share 0.5
     python scripts/train.py --data ../shared/data/cifar10_jpeg.npz --out /tmp/longer --start profiles/cifar10
+    python scripts/train.py --data ../shared/data/cifar10_jpeg.npz --zoo --out profiles/cifar10-zoo --bfloat16
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from scripts import datasets
 from servable import InputSpec, Servable, create_servable, load_servable, save_servable
 from supernet import Subnet, SubnetSpace
+from supernets.zoo import ZooSpace
 from wholefile import replacing, write_text
 
 
@@ -67,6 +72,18 @@ PRESETS = {
         widths=(8, 16, 32), depths=((1, 2, 3),) * 3, expands=((0.125, 0.25, 0.5, 1.0),) * 3, crop=1, epochs=8, threads=1
     ),
 }
+# The networks of a zoo, without channels and classes; for images of 32 pixels a side.
+ZOO = {
+    "branched": {"architecture": "branched", "stem": 32, "widths": (128, 192, 256), "depths": (1, 1, 2)},
+    "inverted": {
+        "architecture": "inverted", "stem": 24, "widths": (32, 64, 128), "depths": (1, 2, 2), "strides": (2, 2, 2),
+        "expand": 4, "head": 256, "fused": True,
+    },
+    "residual": {
+        "architecture": "residual", "widths": (40, 80, 160), "depths": (1, 1, 1), "stem_stride": 1, "stem_width": 24,
+        "pooled": True,
+    },
+}  # fmt: skip
 # Of a network that was trained before: profile_supernet.py makes them anew.
 STALE = ("search.jsonl", "choices.json", "latency-*.json")
 
@@ -103,23 +120,39 @@ class Recipe:
 
 def new_servable(data: datasets.Dataset) -> Servable:
     """A servable with random weights for this data: a ResNet whose input size, channels and classes fit."""
-    preset = preset_of(data)
-    height, width, channels = data.train.images.shape[1:]
-    pixels = data.train.images[:10_000].reshape(-1, channels) / 255
+    preset, spec = preset_of(data), input_of(data)
     return create_servable(
         name=data.name,
         family="resnet",
         architecture={
-            "channels": channels, "widths": preset.widths, "depths": tuple(each[-1] for each in preset.depths),
+            "channels": spec.channels, "widths": preset.widths, "depths": tuple(each[-1] for each in preset.depths),
             "classes": len(data.classes), "stem_stride": 1, "stem_width": preset.stem_width, "pooled": preset.pooled,
         },
         space=SubnetSpace(preset.depths, preset.expands),
-        input=InputSpec(
-            height=height, width=width, channels=channels,
-            mean=tuple(np.round(pixels.mean(0), 4).tolist()), std=tuple(np.round(pixels.std(0), 4).tolist()),
-        ),
+        input=spec,
         classes=data.classes,
     )  # fmt: skip
+
+
+def new_zoo(data: datasets.Dataset) -> Servable:
+    """A servable of separate networks with random weights."""
+    spec = input_of(data)
+    return create_servable(
+        name=f"{data.name}-zoo",
+        family="zoo",
+        architecture={"channels": spec.channels, "classes": len(data.classes), "members": ZOO},
+        space=ZooSpace((tuple(sorted(ZOO)),)),
+        input=spec,
+        classes=data.classes,
+    )
+
+
+def input_of(data: datasets.Dataset) -> InputSpec:
+    """The size of these images, and how to normalise their colours."""
+    height, width, channels = data.train.images.shape[1:]
+    pixels = data.train.images[:10_000].reshape(-1, channels) / 255
+    mean, std = (tuple(np.round(each, 4).tolist()) for each in (pixels.mean(0), pixels.std(0)))
+    return InputSpec(height=height, width=width, channels=channels, mean=mean, std=std)
 
 
 def normalise(images: np.ndarray, spec: InputSpec) -> Tensor:
@@ -192,18 +225,34 @@ class Trainer:
         python_rng = random.Random(recipe.seed * 1000 + self.epoch)
         steps = len(self.data.train) // recipe.batch_size
         losses = []
-        batches = self._augmented.batches(recipe.batch_size, numpy_rng, self.epoch)
-        bar = tqdm(batches, desc=f"epoch {self.epoch + 1}/{recipe.epochs}", total=steps, disable=None, leave=False)
-        for step, (images, labels) in enumerate(bar):
+        bar = tqdm(desc=f"epoch {self.epoch + 1}/{recipe.epochs}", total=steps, disable=None, leave=False)
+        batches = [self._batches(rng) for rng in numpy_rng.spawn(self.streams)]
+        for step in range(steps):
             for group in self.optimizer.param_groups:
                 group["lr"] = recipe.learning_rate_at((self.epoch + (step + 1) / steps) / recipe.epochs)
-            x, device = normalise(images, self.servable.input), self.supernet.device
-            losses.append(self._step(x.to(device), torch.from_numpy(labels).to(device), python_rng))
-            bar.set_postfix(loss=f"{losses[-1]:.3f}")
+            losses.append(self._step(batches, python_rng))
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+            bar.update()
+        bar.close()
         self.epoch += 1
         return {"loss": float(np.mean(losses)), "seconds": round(time.perf_counter() - started, 1)}
 
-    def _step(self, x: Tensor, labels: Tensor, rng: random.Random) -> float:
+    @property
+    def streams(self) -> int:
+        """How many sequences of images there are, each in an order of its own."""
+        return 1
+
+    def _batches(self, rng: np.random.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """The inputs and labels of one epoch, on the device."""
+        device = self.supernet.device
+        for images, labels in self._augmented.batches(self.recipe.batch_size, rng, self.epoch):
+            yield normalise(images, self.servable.input).to(device), torch.from_numpy(labels).to(device)
+
+    def _step(self, batches: Sequence[Iterator[tuple[Tensor, Tensor]]], rng: random.Random) -> float:
+        """The loss, of which gradients were computed, on the next batch."""
+        x, labels = next(batches[0])
         space = self.supernet.space
         logits = self._logits(space.largest, x)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
@@ -212,11 +261,9 @@ class Trainer:
         teacher = logits.detach()[:some].softmax(1)
         for subnet in (space.smallest, *(space.sample(rng) for _ in range(self.recipe.middle))):
             (self.recipe.distill_weight * F.cross_entropy(self._logits(subnet, x[:some]), teacher)).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
         return loss.item()
 
-    def _logits(self, subnet: Subnet, x: Tensor) -> Tensor:
+    def _logits(self, subnet: Any, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.recipe.bfloat16):
             return self.supernet.for_training(subnet)(x).float()
 
@@ -236,6 +283,24 @@ class Trainer:
         self.supernet.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch = state["epoch"]
+
+
+class ZooTrainer(Trainer):
+    """Trains the networks of a zoo side by side; they share nothing, not even the order of the images."""
+
+    @property
+    def streams(self) -> int:
+        """One for each member."""
+        return len(self.supernet.space)
+
+    def _step(self, batches: Sequence[Iterator[tuple[Tensor, Tensor]]], rng: random.Random) -> float:
+        losses = []
+        for member, batch in zip(self.supernet.space, batches, strict=True):
+            x, labels = next(batch)
+            loss = F.cross_entropy(self._logits(member, x), labels, label_smoothing=self.recipe.label_smoothing)
+            loss.backward()
+            losses.append(loss.item())
+        return float(np.mean(losses))
 
 
 @torch.inference_mode()
@@ -271,11 +336,14 @@ def accuracy(
 
 
 def evaluate(servable: Servable, data: datasets.Dataset) -> dict[str, float]:
-    """Validation accuracy of the largest and the smallest subnet, freshly calibrated."""
+    """Validation accuracy of the largest and the smallest subnet, or of a zoo's members, freshly calibrated."""
     space = servable.supernet.space
     batches = calibration_batches(data, servable)
+    looked_at = {"largest": space.largest, "smallest": space.smallest}
+    if isinstance(space, ZooSpace):
+        looked_at = {member.name: member for member in space}
     result = {}
-    for name, subnet in (("largest", space.largest), ("smallest", space.smallest)):
+    for name, subnet in looked_at.items():
         servable.supernet.calibrate(subnet, batches)
         result[name] = round(accuracy(servable, subnet, data.validation), 4)
     return result
@@ -294,6 +362,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--warmup", type=_part, default=0.2, help="part of all steps in which the rate rises, before it falls"
     )
+    parser.add_argument("--zoo", action="store_true", help="train separate networks, not a supernet")
     parser.add_argument("--start", type=Path, metavar="FOLDER", help="begin with the weights of this servable")
     parser.add_argument("--middle", type=int, default=1, help="random subnets per step beside largest and smallest")
     parser.add_argument("--distill-weight", type=float, default=1.0, help="loss of each smaller subnet counts so much")
@@ -342,11 +411,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         data = datasets.load(options.data, options.image_size)
         torch.set_num_threads(options.threads or preset_of(data).threads or torch.get_num_threads())
         torch.manual_seed(options.seed)
-        servable = new_servable(data)
+        servable = new_zoo(data) if options.zoo else new_servable(data)
         if options.start:
             servable.supernet.network.load_state_dict(load_servable(options.start).supernet.network.state_dict())
         servable.supernet.to(torch.device(options.device))
-        trainer = Trainer(servable, data, recipe_of(options, data))
+        trainer = (ZooTrainer if options.zoo else Trainer)(servable, data, recipe_of(options, data))
         if options.resume:
             trainer.resume(options.out / "checkpoint.pt")
         train(trainer, options.out, fresh=not options.resume)
@@ -371,7 +440,8 @@ def train(trainer: Trainer, folder: Path, fresh: bool) -> None:
         row = {**trainer.run_epoch(), **evaluate(trainer.servable, trainer.data)}
         _log_epoch(log, {"epoch": trainer.epoch, **row})
         trainer.save(folder / "checkpoint.pt")
-        print(f"epoch {trainer.epoch}/{epochs}: " + "  ".join(f"{key} {value:.4g}" for key, value in row.items()))
+        figures = "  ".join(f"{key} {value:.4g}" for key, value in row.items())
+        print(f"epoch {trainer.epoch}/{epochs}: {figures}", flush=True)
     accuracies = evaluate(trainer.servable, trainer.data)  # calibrates what is saved
     for stale in itertools.chain.from_iterable(folder.glob(pattern) for pattern in STALE):
         stale.unlink()

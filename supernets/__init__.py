@@ -10,7 +10,7 @@ from torch import nn
 
 from operators import Elastic
 from subnets import Space, SubnetSpace
-from supernets import bert, ofa_mobilenet, ofa_resnet, resnet, timm_models
+from supernets import bert, ofa_mobilenet, ofa_resnet, resnet, timm_models, zoo
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,7 @@ FAMILIES = {
     "ofa_resnet": Family(ofa_resnet.OfaResNet, ofa_resnet.OfaResNetSpace, ofa_resnet.elastic),
     "resnet": Family(resnet.ResNet, SubnetSpace, resnet.STAGES),
     "timm": Family(timm_models.TimmNetwork, SubnetSpace, timm_models.elastic),
+    "zoo": Family(zoo.Zoo, zoo.ZooSpace, zoo.elastic),
 }
 
 
