@@ -114,18 +114,22 @@ class _Window:
     def add(self, now_s: float) -> None:
         self._first_s = min(self._first_s, now_s)
         self._instants_s.append(now_s)
+        self._forget_before(now_s - self._length_s)  # here too, so that decisions find little to forget
 
     def rate(self, now_s: float) -> float:
-        instants_s, oldest_s = self._instants_s, now_s - self._length_s
+        self._forget_before(now_s - self._length_s)
+        return len(self._instants_s) / max(self._length_s / 8, min(self._length_s, now_s - self._first_s))
+
+    def _forget_before(self, oldest_s: float) -> None:
+        instants_s = self._instants_s
         while instants_s and instants_s[0] < oldest_s:
             instants_s.popleft()
-        return len(instants_s) / max(self._length_s / 8, min(self._length_s, now_s - self._first_s))
 
 
 # ----------------------------------------------------------------------------------------------------------- early drop
 
 # How far a simulation looks into the queue, into the arrivals expected after it, and all simulations of a decision.
-QUEUE_BATCHES, EXPECTED_BATCHES, ALL_BATCHES = 16, 8, 32
+QUEUE_BATCHES, EXPECTED_BATCHES, ALL_BATCHES = 10, 6, 20
 
 
 def drop_early(now_s: float, queue: QueueView, latency_s: Sequence[float], traffic: Traffic, workers: int) -> Rest:
