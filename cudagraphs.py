@@ -22,7 +22,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-Network = Callable[[Tensor], Tensor]
+Network = Callable[..., Tensor]
 
 # Largest first: the memory that the largest computes with is there for the smaller ones, too.
 BATCH_SIZES = (64, 32, 16, 8, 4, 2, 1)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from profiletable import Corrections
-from slackfit import Entry, Policy, ProfileTable
+from slackfit import Decision, Entry, Policy, ProfileTable
 from web.errors import BatchFailed, DeadlineExceeded, NotReady, QueueFull, ServeError
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class Answer(NamedTuple):
     batch_size: int
     started_s: float
     finished_s: float
+    degraded: bool = False  # members of the ensemble that was chosen failed; the entry is what is left of it
 
 
 class ReplySlot(Protocol):
@@ -66,7 +67,10 @@ NOBODY, NOTHING = Nobody(), np.empty(0, np.uint8)
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Query:
-    """One input with a deadline; ``priority`` breaks ties between equal deadlines, the higher first."""
+    """One input with a deadline; ``priority`` breaks ties between equal deadlines, the higher first.
+
+    ``choice``: the entry that its client asked for; the policy chooses unless there is one.
+    """
 
     input: NDArray[Any]
     arrival_s: float
@@ -74,6 +78,7 @@ class Query:
     reply: ReplySlot
     min_accuracy: float = 0.0
     priority: int = 0
+    choice: str | None = None
     waiting: bool = False
     order: int = 0  # among equal deadlines; set by the heap
     refused: bool = False
@@ -233,12 +238,13 @@ class Precedent:
     now_s: float
     coming: int
 
-    def covers(self, now_s: float, slo_s: float, min_accuracy: float, coming: int) -> bool:
+    def covers(self, now_s: float, slo_s: float, min_accuracy: float, choice: str | None, coming: int) -> bool:
         """Whether one that asks for the same, so much later, would be turned away, too."""
         return (
             now_s < self.now_s + ALIKE_S
             and slo_s == self.query.slo_s
             and min_accuracy == self.query.min_accuracy
+            and choice == self.query.choice
             and coming >= self.coming
         )
 
@@ -314,7 +320,7 @@ class Dispatcher:
         self._least_s = [min(each) for each in zip(*(entry.latency_s for entry in table.entries), strict=True)]
         rates = (size / self._least_s[size] for size in range(1, len(self._least_s)))
         self._rates = [0.0, *itertools.accumulate(rates, max)]  # the most queries a second, in batches up to a size
-        self._longest_s = max(entry.latency_s[1] for entry in table.entries)
+        self._longest_s = max(entry.latency_s[1] for entry in (*table.entries, *self.measured.entries))
 
     def submit(self, query: Query) -> None:
         """Accept a query, or raise QueueFull or DeadlineExceeded."""
@@ -329,18 +335,21 @@ class Dispatcher:
         self.heap.push(query)
 
     def turn_away(
-        self, arrival_s: float, slo_s: float, min_accuracy: float, nbytes: int, coming: int = 0, delay_s: float = 0.0
-    ) -> None:
+        self, arrival_s: float, slo_s: float, min_accuracy: float, nbytes: int, *, choice: str | None = None,
+        coming: int = 0, delay_s: float = 0.0,
+    ) -> None:  # fmt: skip
         """Raise what ``submit`` would raise for such a query, whose input takes so many bytes or more.
 
         Its input need not be there yet; so many others are coming before it, which takes so long. The query is counted
         if it is refused, and only then. One like it that comes right after it is refused with the same error.
         """
         now_s, precedent = self.clock(), self._precedent
-        alike = precedent is not None and precedent.covers(now_s, slo_s, min_accuracy, coming)
+        alike = precedent is not None and precedent.covers(now_s, slo_s, min_accuracy, choice, coming)
         if not alike and self._has_room(arrival_s + slo_s, nbytes * (coming + 1), now_s + delay_s, coming):
             return
-        query = Query(input=NOTHING, arrival_s=arrival_s, slo_s=slo_s, reply=NOBODY, min_accuracy=min_accuracy)
+        query = Query(
+            input=NOTHING, arrival_s=arrival_s, slo_s=slo_s, reply=NOBODY, min_accuracy=min_accuracy, choice=choice
+        )
         if alike and precedent is not None:
             raise self._refuse_arrival(query, precedent.refusal, now_s).with_traceback(None)
         refusal = self.refusal(query, now_s + delay_s, nbytes, coming)
@@ -372,7 +381,7 @@ class Dispatcher:
         """
         if self._is_full(nbytes, coming):
             return Refusal("queue_full", self._full(now_s, len(self.heap) + coming))
-        latency_s = self.table.entries[self._lowest(query)].latency_s[1]
+        latency_s = self._least_for(query).latency_s[1]
         done_s = now_s + self.overhead_s + self._stretch * latency_s
         if done_s > query.deadline_s:
             why = "the deadline cannot be met"
@@ -468,11 +477,11 @@ class Dispatcher:
         while self.heap and self.idle_workers:
             now_s = self.clock()
             lowest = self._lowest(self.heap.head)
-            decision = self.policy.decide(now_s + self.overhead_s, self._queue(now_s + self.overhead_s), lowest)
+            decision = self._decide(now_s + self.overhead_s, lowest)
             for _ in range(decision.give_up):
                 self._give_up("given_up", "the deadline cannot be met: more urgent work is ahead")
-                if self.heap and self._lowest(self.heap.head) != lowest:
-                    break  # decided for another accuracy floor than this one's
+                if self.heap and (self._lowest(self.heap.head) != lowest or self.heap.head.choice is not None):
+                    break  # decided for another accuracy floor than this one's, or not for this choice
             else:
                 if decision.entry is not None:
                     self.idle_workers -= 1
@@ -485,6 +494,15 @@ class Dispatcher:
                     return None
         return None
 
+    def _decide(self, now_s: float, lowest: int) -> Decision:
+        """What the policy wants for the most urgent query, or what that one's client does."""
+        head = self.heap.head
+        if head.choice is None:
+            return self.policy.decide(now_s, self._queue(now_s), lowest)
+        entry, slack_s = self._least_for(head), (head.deadline_s - now_s) / self._stretch
+        size = bisect_right(entry.latency_s, slack_s + ROUNDING_S, 1) - 1
+        return Decision(0, entry, size) if size else Decision(1, None, 0)
+
     def settle(self, batch: Batch, outputs: Outputs) -> None:
         """Give each query of a finished batch its row; raises BatchFailed when rows and queries do not match."""
         if len(outputs.probabilities) != len(batch.queries):
@@ -496,11 +514,14 @@ class Dispatcher:
         predicted_s = self.slowdown * batch.entry.latency_s[len(batch.queries)]
         self._learn(batch, taken_s)
         self._end(batch)
+        entry = self.table.without(batch.entry, outputs.failed) if outputs.failed else batch.entry
         for row, best, good, query in zip(outputs.probabilities, likeliest, usable, batch.queries, strict=True):
             if not good:
                 self._refuse(query, "failed", BatchFailed("the network's output is not finite for this input"))
             elif not query.reply.done():
-                answer = Answer(row, best, batch.entry, len(batch.queries), batch.started_s, outputs.finished_s)
+                answer = Answer(
+                    row, best, entry, len(batch.queries), batch.started_s, outputs.finished_s, entry is not batch.entry
+                )
                 query.reply.set_result(answer)
         for observer in self.observers:  # last: whatever goes wrong before makes the batch one that failed
             observer.batch_finished(batch, taken_s, predicted_s)
@@ -565,12 +586,20 @@ class Dispatcher:
     def _lowest(self, query: Query) -> int:
         return min(bisect_left(self._accuracies, query.min_accuracy), len(self._accuracies) - 1)
 
+    def _least_for(self, query: Query) -> Entry:
+        """The fastest entry that may answer it."""
+        return self.measured.by_name(query.choice) if query.choice else self.table.entries[self._lowest(query)]
+
     def _take(self, entry: Entry, size: int) -> tuple[Query, ...]:
-        """The most urgent queries, up to the first whose accuracy floor this entry does not reach."""
+        """The most urgent queries, up to the first for which this entry may not be used."""
         taken = [self.heap.pop()]
-        while len(taken) < size and self.heap.head.min_accuracy <= entry.accuracy:
+        while len(taken) < size and self.heap and self._may_use(entry, self.heap.head):
             taken.append(self.heap.pop())
         return tuple(taken)
+
+    @staticmethod
+    def _may_use(entry: Entry, query: Query) -> bool:
+        return query.min_accuracy <= entry.accuracy and query.choice in (None, entry.name)
 
     def _count(
         self, query: Query, outcome: str, answer: Answer | None = None, now_s: float | None = None

@@ -32,8 +32,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cudagraphs import GraphCache, GraphPool, Network, Pair, is_lost, is_out_of_memory
+from ensembles import Catalogue, Ensemble, EnsembleNetwork, StreamGroup, ThreadGroup, forced, one_after_another
 from executables import ExecutableCache
-from servable import InputSpec, Servable
+from inputbatches import Batching, batching_for
+from servable import Servable
 from supernet import ActuatedSubnet
 from workers import Crew
 
@@ -87,10 +89,14 @@ class DeviceFacts:
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """Class probabilities (batch, classes) on the host, and the instant (perf_counter) at which they were there."""
+    """Class probabilities (batch, classes) on the host, and the instant (perf_counter) at which they were there.
+
+    ``failed``: members of the ensemble that some row of the probabilities had to do without.
+    """
 
     probabilities: NDArray[np.float32]
     finished_s: float
+    failed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,32 +111,14 @@ class Held:
     pairs: tuple[Pair, ...]
 
 
-class Normaliser:
-    """Turns queries' inputs into one network batch: uint8 pixels (H, W, C) or normalised float32 (C, H, W)."""
-
-    def __init__(self, spec: InputSpec, device: torch.device) -> None:
-        mean, std = torch.tensor(spec.mean), torch.tensor(spec.std)
-        self._scale = (1 / (255 * std)).view(1, -1, 1, 1).to(device)
-        self._shift = (-mean / std).view(1, -1, 1, 1).to(device)
-
-    def pixels(self, stacked: Tensor) -> Tensor:
-        """Network inputs (N, C, H, W), channels last in memory, of uint8 pixels (N, H, W, C) on the device."""
-        return torch.addcmul(self._shift, stacked.permute(0, 3, 1, 2).float(), self._scale)
-
-    @staticmethod
-    def stack(inputs: Sequence[NDArray[Any]]) -> list[tuple[list[int], NDArray[Any]]]:
-        """Inputs of one form each, stacked, with their positions in the batch; one group unless forms are mixed."""
-        kinds = {row.dtype for row in inputs}
-        groups = ([i for i, row in enumerate(inputs) if row.dtype == kind] for kind in sorted(kinds, key=str))
-        return [(positions, np.stack([inputs[i] for i in positions])) for positions in groups]
-
-
 class Worker:
-    """Computes one batch at a time on the CPU."""
+    """Computes one batch at a time on the CPU; ``group`` computes members of ensembles beside each other."""
 
-    def __init__(self, normaliser: Normaliser, free_memory: Callable[[], None], most: float = CHUNK) -> None:
+    group: ThreadGroup | StreamGroup | None = None
+
+    def __init__(self, batching: Batching, free_memory: Callable[[], None], most: float = CHUNK) -> None:
         """``free_memory`` is to make room when memory has run out; ``most`` inputs are computed at once."""
-        self._normaliser = normaliser
+        self._batching = batching
         self.limit = PieceLimit(free_memory, most)
 
     def compute(self, network: Network, inputs: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
@@ -146,11 +134,11 @@ class Worker:
         with torch.inference_mode():
             batch = self._batch(inputs)
             parts = batch.tensor_split(-(-len(inputs) // CHUNK)) if len(inputs) > CHUNK else (batch,)
-            logits = [network(part) for part in parts]
+            logits = [self._batching.logits(network, part) for part in parts]
             return (logits[0] if len(logits) == 1 else torch.cat(logits)).softmax(1).numpy()
 
     def _batch(self, inputs: Sequence[NDArray[Any]]) -> Tensor:
-        groups = self._normaliser.stack(inputs)
+        groups = self._batching.stack(inputs)
         parts = [self._to_network(array) for _, array in groups]
         if len(parts) == 1:
             return parts[0]
@@ -158,8 +146,7 @@ class Worker:
         return torch.cat(parts)[order.argsort().to(parts[0].device)]
 
     def _to_network(self, array: NDArray[Any]) -> Tensor:
-        tensor = torch.from_numpy(array)
-        return self._normaliser.pixels(tensor) if array.dtype == np.uint8 else tensor
+        return self._batching.to_network(torch.from_numpy(array))
 
 
 Piece = Callable[[Sequence[NDArray[Any]]], NDArray[np.float32]]  # class probabilities of some inputs
@@ -218,15 +205,18 @@ class CudaWorker(Worker):
     The copies of one worker overlap the kernels of the others.
     """
 
-    def __init__(self, normaliser: Normaliser, device: torch.device, shape: tuple[int, ...], budget: float) -> None:
-        """``shape``: of an input's pixels (H, W, C); ``budget``: bytes that this worker's graphs may take."""
-        super().__init__(normaliser, self._free_memory, most=math.inf)
+    def __init__(self, batching: Batching, device: torch.device, budget: float) -> None:
+        """``budget``: bytes that this worker's graphs may take; there are none for inputs other than pixels."""
+        super().__init__(batching, self._free_memory, most=math.inf)
+        shape = batching.blanks()[-1].shape
         self._device, self._shape = device, shape
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         self._pinned: dict[tuple[Any, ...], Tensor] = {}
         self._turn = threading.Lock()  # computing or capturing: both use the stream and the graphs
-        self.graphs = GraphCache(GraphPool(self._stream, device, shape, self._probabilities), budget)
+        self.ensembles: dict[str, EnsembleNetwork] = {}  # graphs are found by them
+        pool = GraphPool(self._stream, device, shape, self._probabilities)
+        self.graphs = GraphCache(pool, budget if batching.pixels_only else 0)
 
     def capture(self, networks: Mapping[str, Network]) -> None:
         """Capture these subnets, by name, as far as the budget goes; a batch that comes meanwhile waits."""
@@ -249,7 +239,7 @@ class CudaWorker(Worker):
         with torch.inference_mode(), torch.cuda.stream(self._stream):
             probabilities = self._replayed(network, inputs)
             if probabilities is None:
-                probabilities = network(self._batch(inputs)).softmax(1).float()
+                probabilities = self._batching.logits(network, self._batch(inputs)).softmax(1).float()
             host = self._buffer("out", tuple(probabilities.shape), torch.float32)
             host.copy_(probabilities, non_blocking=True)
             self._done.record(self._stream)
@@ -266,7 +256,7 @@ class CudaWorker(Worker):
         return graph.replay(pinned)
 
     def _probabilities(self, network: Network, pixels: Tensor) -> Tensor:
-        return network(self._normaliser.pixels(pixels)).softmax(1).float()
+        return self._batching.logits(network, self._batching.to_network(pixels)).softmax(1).float()
 
     def _free_memory(self) -> None:
         self._stream.synchronize()
@@ -276,8 +266,7 @@ class CudaWorker(Worker):
         source = torch.from_numpy(array)
         pinned = self._buffer("in", tuple(source.shape), source.dtype)
         pinned.copy_(source)
-        on_device = pinned.to(self._device, non_blocking=True)
-        return self._normaliser.pixels(on_device) if array.dtype == np.uint8 else on_device
+        return self._batching.to_network(pinned.to(self._device, non_blocking=True))
 
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A pinned buffer of this shape, a part of the largest that was needed so far."""
@@ -304,11 +293,12 @@ class Engine:
         workers: int = 1,
         threads: int = 1,
         memory_budget: float = math.inf,
+        ensembles: Sequence[Ensemble] = (),
     ) -> None:
         """``device``: auto, cpu, cuda or cuda:N; ``threads``: CPU threads per worker.
 
         ``memory_budget``: bytes that subnets may hold beside the shared weights, to run faster; on a GPU each worker
-        captures graphs of its own, within its share.
+        captures graphs of its own, within its share. ``ensembles`` run by their names, as subnets do.
         """
         self._servable = servable
         self._device = _resolve(device)
@@ -325,8 +315,11 @@ class Engine:
         if cuda:
             # The workers' streams do not wait for the copies of the default one.
             torch.cuda.current_stream(self._device).synchronize()
-        self._normaliser = Normaliser(servable.input, self._device)
+        self._batching = batching_for(servable.input, self._device)
         self._threads = threads
+        kind = self._device.type
+        self.ensembles = Catalogue(ensembles, device=kind, cores=_cores(), workers=workers, threads=threads)
+        self._groups: list[ThreadGroup] = []
         self._actuated: dict[str, ActuatedSubnet] = {}
         self.executables = ExecutableCache(memory_budget) if not cuda else None
         self._builder = Crew(1, "builder", functools.partial(torch.set_num_threads, 1))
@@ -338,13 +331,18 @@ class Engine:
         self._trimmed_s = time.perf_counter()
 
     def _cuda_worker(self, budget: float) -> CudaWorker:
-        return CudaWorker(self._normaliser, self._device, self.blank_input().shape, budget)
+        worker = CudaWorker(self._batching, self._device, budget)
+        worker.group = StreamGroup(self._device, self.ensembles.beside)
+        return worker
 
     def _make_worker(self) -> Worker:
         if self._device.type == "cuda":
             return self._without_thread.pop()
         torch.set_num_threads(self._threads)  # counts for the calling thread
-        return Worker(self._normaliser, self._free_memory)
+        worker = Worker(self._batching, self._free_memory)
+        worker.group = ThreadGroup(self.ensembles.beside, self.ensembles.threads)
+        self._groups.append(worker.group)
+        return worker
 
     @property
     def lost(self) -> str | None:
@@ -375,10 +373,12 @@ class Engine:
 
     def _compute(self, name: str, inputs: Sequence[NDArray[Any]], worker: Worker) -> Outputs:
         try:
-            network = self._network(name)
-            if self.faults is not None:
-                network = self.faults(name, network)
-            outputs = Outputs(worker.compute(network, inputs), time.perf_counter())
+            if name in self.ensembles:
+                ensemble = self._ensemble(name, self.ensembles.mode(name, len(inputs)), worker)
+                probabilities, finished_s = worker.compute(ensemble, inputs), time.perf_counter()
+                outputs = Outputs(probabilities, finished_s, ensemble.take_failed())
+            else:
+                outputs = Outputs(worker.compute(self._with_faults(name), inputs), time.perf_counter())
         except DeviceLostError as error:
             self._lost = str(error)
             raise
@@ -416,6 +416,21 @@ class Engine:
             self.executables.drop()
         _return_freed_memory()
 
+    def _with_faults(self, name: str) -> Network:
+        network = self._network(name)
+        return network if self.faults is None else self.faults(name, network)
+
+    def _ensemble(self, name: str, mode: str, worker: Worker) -> EnsembleNetwork:
+        """The network of an ensemble on this worker: on a GPU always the same one, for its graphs are found by it."""
+        kept = worker.ensembles if isinstance(worker, CudaWorker) and self.faults is None else {}
+        key = forced(self.ensembles[name].name, mode)
+        if key not in kept:
+            members = [self._with_faults(member) for member in self.ensembles[name].members]
+            group = worker.group if mode == "parallel" and worker.group is not None else one_after_another
+            # The first stays, where two threads come at once.
+            kept.setdefault(key, EnsembleNetwork(self.ensembles[name], members, group, self._device))
+        return kept[key]
+
     def _network(self, name: str) -> Network:
         if self.executables is None:
             return self.actuate(name)
@@ -429,9 +444,8 @@ class Engine:
             await self._builder.run(functools.partial(self._prepare, names))
 
     def _prepare(self, names: Sequence[str], _: object) -> None:
-        networks: dict[str, Network] = {}
-        for name in names:
-            actuated = networks[name] = self.actuate(name)
+        for name in self.ensembles.with_members(names):
+            actuated = self.actuate(name)
             if self.executables is not None:
                 self.executables.add(name, actuated)
         if self.executables is not None:
@@ -443,7 +457,25 @@ class Engine:
                     raise
                 self._free_memory()  # all run from the shared weights
         for worker in self._cuda_workers:  # one after another: the others compute meanwhile
-            worker.capture(networks)
+            worker.capture(self._captured(names, worker))
+
+    def _captured(self, names: Sequence[str], worker: CudaWorker) -> Mapping[str, Network]:
+        """What a worker captures: ensembles in each mode in which they may run, after the subnets."""
+        networks: dict[str, Network] = {name: self.actuate(name) for name in names if name not in self.ensembles}
+        for name in (name for name in names if name in self.ensembles):
+            for mode in self.ensembles.modes(name):
+                networks[forced(name, mode)] = self._ensemble(name, mode, worker)
+        return networks
+
+    def plan(self, name: str, modes: Sequence[str]) -> None:
+        """Run an ensemble in the mode ``modes[n]`` for a batch of n: "parallel" or "serial"; raises EngineError.
+
+        On a GPU, ``prepare`` captures the modes that were planned before, or both.
+        """
+        try:
+            self.ensembles.plan(name, modes)
+        except ValueError as error:
+            raise EngineError(str(error)) from error
 
     @property
     def held(self) -> Held:
@@ -455,19 +487,22 @@ class Engine:
         subnets = tuple(dict.fromkeys(pair.subnet for pair in pairs))
         return Held(nbytes=sum(each.nbytes for each in graphs), subnets=subnets, pairs=pairs)
 
-    def blank_input(self) -> NDArray[np.uint8]:
-        """A black image of the right size, for warming up and measuring."""
-        spec = self._servable.input
-        return np.zeros((spec.height, spec.width, spec.channels), np.uint8)
+    def blank_input(self) -> NDArray[Any]:
+        """A black image of the right size, or the first token as often as a text may have tokens."""
+        return self._batching.blanks()[-1]
+
+    def random_input(self, rng: np.random.Generator) -> NDArray[Any]:
+        """What takes as long as any input, to measure by."""
+        return self._batching.example(rng)
 
     async def warm_up(self, names: Sequence[str], batch_sizes: Sequence[int], step: Callable[[], object]) -> None:
-        """Run each subnet at each batch size once on every worker; ``step`` is called after each."""
-        blank = self.blank_input()
+        """Run each subnet at each batch size and input shape once on every worker; ``step`` after each batch size."""
         for name in names:
             for size in batch_sizes:
-                batches = (self.run(name, [blank] * size, START_LIMIT_S) for _ in range(self.facts.workers))
-                with _as_engine_error(f"warming up {name} at batch size {size} failed"):
-                    await asyncio.gather(*batches)
+                for blank in self._batching.blanks():
+                    batches = (self.run(name, [blank] * size, START_LIMIT_S) for _ in range(self.facts.workers))
+                    with _as_engine_error(f"warming up {name} at batch size {size} failed"):
+                        await asyncio.gather(*batches)
                 step()
         _return_freed_memory()
 
@@ -479,6 +514,8 @@ class Engine:
         until_s = time.perf_counter() + CLOSE_S
         self._crew.close(CLOSE_S)
         self._builder.close(max(0.0, until_s - time.perf_counter()))
+        for group in self._groups:
+            group.close(0)  # what still runs is of a worker that was left alone
         for worker in self._cuda_workers:
             worker.close()
 
@@ -514,12 +551,11 @@ async def measure_latencies(
     batches in flight as there are workers. The first round warms up and is not counted. ``step`` is called after each.
     """
     samples: dict[str, list[list[float]]] = {name: [[] for _ in batch_sizes] for name in names}
-    rng = np.random.default_rng(0)
-    image = rng.integers(0, 256, engine.blank_input().shape, np.uint8)
+    input = engine.random_input(np.random.default_rng(0))
 
     async def timed(name: str, size: int) -> float:
         started_s = time.perf_counter()
-        return (await engine.run(name, [image] * size, START_LIMIT_S)).finished_s - started_s
+        return (await engine.run(name, [input] * size, START_LIMIT_S)).finished_s - started_s
 
     for number in range(rounds + 1):
         for name in names:
@@ -545,6 +581,10 @@ def _resolve(device: str) -> torch.device:
     if resolved.type == "cuda" and (resolved.index or 0) >= count:
         raise EngineError(f"device '{device}' is not there: {count} CUDA devices found")
     return resolved
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _processor_name() -> str:

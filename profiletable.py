@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
@@ -23,6 +23,7 @@ from wholefile import read_text, write_text
 SCHEMA = 1
 KINDS = ("subnet", "ensemble")
 COMBINATIONS = ("mean", "vote")
+MODES = ("parallel", "serial")
 MOST_MEMBERS = 8
 DEVICE_KINDS = ("cpu", "cuda", "synthetic")  # synthetic: made up, to be simulated and never served
 NOISE = 0.2  # a larger batch may be measured this much faster than a smaller one before the profile is refused
@@ -97,18 +98,29 @@ class Choice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Latencies:
-    """As measured for one choice, one number per profiled batch size."""
+    """As measured for one choice, one number per profiled batch size.
+
+    Of ensembles, ``modes`` tells which of MODES was faster at each, by the medians of both. The percentiles are its.
+    """
 
     p50_s: tuple[float, ...]
     p99_s: tuple[float, ...]
+    modes: tuple[str, ...] = ()
+    parallel_p50_s: tuple[float, ...] = ()
+    serial_p50_s: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """A choice with its planned latency on this device: ``latency_s[n]`` for a batch of n, ``latency_s[0]`` is 0."""
+    """A choice with its planned latency on this device: ``latency_s[n]`` for a batch of n, ``latency_s[0]`` is 0.
+
+    Of ensembles that were measured in both of MODES, ``modes[n]`` is that for a batch of n, and ``measured`` is known.
+    """
 
     choice: Choice
     latency_s: tuple[float, ...]
+    modes: tuple[str, ...] = ()
+    measured: Latencies | None = None
 
     @property
     def name(self) -> str:
@@ -128,6 +140,7 @@ class ProfileTable:
     entries: tuple[Entry, ...]
     batch_sizes: tuple[int, ...]  # those that were measured
     device: Device | None = None
+    known: tuple[Choice, ...] = ()  # all there are, on the frontier or not
 
     @property
     def max_batch(self) -> int:
@@ -151,6 +164,18 @@ class ProfileTable:
                 return entry
         known = ", ".join(entry.name for entry in self.entries)
         raise ProfileError(f"no entry '{name}' in the profile table: there are {known}")
+
+    def without(self, entry: Entry, failed: Collection[str]) -> Entry:
+        """What is left of an ensemble of which these members failed, as accurate as that was measured to be.
+
+        Where the rest was never measured together, it counts as accurate as the best of it alone.
+        """
+        assert entry.choice.ensemble is not None, "others have no members"
+        left = [name for name in entry.choice.ensemble.members if name not in failed]
+        measured = [choice for choice in self.known if choice.ensemble and set(choice.ensemble.members) == set(left)]
+        alone = [choice for choice in self.known if choice.name in left]
+        best = max(measured or alone, key=lambda choice: choice.accuracy)
+        return replace(entry, choice=best if measured else replace(best, name="+".join(left)))
 
     def stretched(self, factors: Mapping[str, float]) -> ProfileTable:
         """This table where entries take ``factors[name]`` times as long, without those that others then dominate.
@@ -176,12 +201,17 @@ def build_table(
     entries = []
     for choice in known.values():
         if choice.name in latencies:
-            entries.append(Entry(choice=choice, latency_s=_planned(choice.name, batch_sizes, latencies[choice.name])))
+            entries.append(_entry(choice, batch_sizes, latencies[choice.name]))
         elif choice.frontier:
             raise ProfileError(f"latencies.{choice.name}: missing, but the choice is on the frontier")
     if not entries:
         raise ProfileError("latencies: empty")
-    return ProfileTable(entries=_frontier(entries, batch_sizes), batch_sizes=tuple(batch_sizes), device=device)
+    return ProfileTable(
+        entries=_frontier(entries, batch_sizes),
+        batch_sizes=tuple(batch_sizes),
+        device=device,
+        known=tuple(known.values()),
+    )
 
 
 def table_document(table: ProfileTable, corrections: Mapping[str, float], slowdown: float) -> dict[str, object]:
@@ -194,6 +224,7 @@ def table_document(table: ProfileTable, corrections: Mapping[str, float], slowdo
         {name: getattr(entry.choice, name) for name in shown}
         | {"latency_ms": [_ms(entry.latency_s[size]) for size in table.batch_sizes]}
         | {"correction": round(corrections[entry.name], 3)}
+        | _modes_document(entry, table.batch_sizes)
         for entry in table.entries
     ]
     device = asdict(table.device) if table.device else None
@@ -203,6 +234,23 @@ def table_document(table: ProfileTable, corrections: Mapping[str, float], slowdo
         "batch_sizes": list(table.batch_sizes),
         "entries": entries,
     }
+
+
+def _modes_document(entry: Entry, batch_sizes: Sequence[int]) -> dict[str, object]:
+    """How an ensemble runs at each batch size, and a sentence that says why; nothing of others."""
+    if entry.measured is None:
+        return {}
+    modes = [entry.modes[size] for size in batch_sizes]
+    pairs = zip(entry.measured.serial_p50_s, entry.measured.parallel_p50_s, batch_sizes, strict=True)
+    gain, at = max((serial_s / parallel_s, -size) for serial_s, parallel_s, size in pairs)
+    serial = ", ".join(str(size) for size, mode in zip(batch_sizes, modes, strict=True) if mode == "serial")
+    reasons = []
+    if "parallel" in modes:
+        faster = f"parallel is {gain:.2f} times as fast as serial at batch size {-at}"
+        reasons.append(f"{faster}: members run at the same time")
+    if serial:
+        reasons.append(f"serial is faster at batch size {serial}: one member fills the device")
+    return {"mode": modes, "why": "; ".join(reasons)}
 
 
 def _stretched(entry: Entry, factor: float) -> Entry:
@@ -230,6 +278,32 @@ def _check_batch_sizes(batch_sizes: Sequence[int]) -> None:
     ascending = all(smaller < larger for smaller, larger in pairwise(batch_sizes))
     if not batch_sizes or batch_sizes[0] != 1 or not ascending:
         raise ProfileError(f"batch_sizes: must ascend from 1, not {list(batch_sizes)}")
+
+
+def _entry(choice: Choice, batch_sizes: Sequence[int], measured: Latencies) -> Entry:
+    latency_s = _planned(choice.name, batch_sizes, measured)
+    if not measured.modes:
+        return Entry(choice=choice, latency_s=latency_s)
+    where = f"latencies.{choice.name}"
+    if choice.ensemble is None:
+        raise ProfileError(f"{where}.mode: only ensembles have modes, and this is a {choice.kind}")
+    _check_modes(where, batch_sizes, measured)
+    # Between two measured sizes, as in the larger: a CUDA graph of that size runs them.
+    sizes = zip((0, *batch_sizes), batch_sizes, measured.modes, strict=False)
+    modes = [mode for smaller, size, mode in sizes for _ in range(size - smaller)]
+    return Entry(choice=choice, latency_s=latency_s, modes=(modes[0], *modes), measured=measured)
+
+
+def _check_modes(where: str, batch_sizes: Sequence[int], measured: Latencies) -> None:
+    if len(measured.modes) != len(batch_sizes):
+        raise ProfileError(f"{where}.mode: {len(measured.modes)} modes for {len(batch_sizes)} batch sizes")
+    medians_s = {"parallel": measured.parallel_p50_s, "serial": measured.serial_p50_s}
+    for mode, each_s in medians_s.items():
+        _levelled(f"{where}.{mode}_p50_ms", batch_sizes, each_s)
+    for index, mode in enumerate(measured.modes):
+        other = MODES[1 - MODES.index(mode)]
+        if medians_s[mode][index] > medians_s[other][index]:
+            raise ProfileError(f"{where}.mode: {mode} at batch size {batch_sizes[index]}, where {other} is faster")
 
 
 def _planned(name: str, batch_sizes: Sequence[int], measured: Latencies) -> tuple[float, ...]:
@@ -383,12 +457,16 @@ def save_choices(folder: Path, choices: Iterable[Choice]) -> None:
 
 def save_latencies(path: Path, device: Device, batch_sizes: Sequence[int], latencies: Mapping[str, Latencies]) -> None:
     """Write one latency file, whole or not at all."""
-    rows = {
-        name: {"p50_ms": [_ms(value) for value in row.p50_s], "p99_ms": [_ms(value) for value in row.p99_s]}
-        for name, row in latencies.items()
-    }
+    rows = {name: _latencies_row(row) for name, row in latencies.items()}
     document = {"schema": SCHEMA, "device": asdict(device), "batch_sizes": list(batch_sizes), "latencies": rows}
     _write(path, document)
+
+
+def _latencies_row(measured: Latencies) -> dict[str, list[object]]:
+    both = {"parallel_p50_ms": measured.parallel_p50_s, "serial_p50_ms": measured.serial_p50_s}
+    each_s = {"p50_ms": measured.p50_s, "p99_ms": measured.p99_s} | (both if measured.modes else {})
+    row: dict[str, list[object]] = {"mode": [*measured.modes]} if measured.modes else {}
+    return row | {name: [_ms(value_s) for value_s in values_s] for name, values_s in each_s.items()}
 
 
 @contextmanager
@@ -473,13 +551,23 @@ def _parse_device(value: object) -> Device:
 
 
 def _parse_latencies(value: object, where: str) -> Latencies:
-    row = _record(value, where, ("p50_ms", "p99_ms"))
+    plain, of_both = ("p50_ms", "p99_ms"), ("mode", "parallel_p50_ms", "serial_p50_ms")
+    both = any(name in _mapping(value, where) for name in of_both)
+    row = _record(value, where, (*plain, *of_both) if both else plain)
 
     def seconds(name: str) -> tuple[float, ...]:
         numbers = _array(row[name], f"{where}.{name}")
         return tuple(_number(number, f"{where}.{name}", 0, LONGEST_S * 1e3) / 1e3 for number in numbers)
 
-    return Latencies(p50_s=seconds("p50_ms"), p99_s=seconds("p99_ms"))
+    if not both:
+        return Latencies(p50_s=seconds("p50_ms"), p99_s=seconds("p99_ms"))
+    return Latencies(
+        p50_s=seconds("p50_ms"),
+        p99_s=seconds("p99_ms"),
+        modes=tuple(_text(each, f"{where}.mode", MODES) for each in _array(row["mode"], f"{where}.mode")),
+        parallel_p50_s=seconds("parallel_p50_ms"),
+        serial_p50_s=seconds("serial_p50_ms"),
+    )
 
 
 def _record(value: object, where: str, names: Sequence[str]) -> dict[str, object]:

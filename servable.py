@@ -1,13 +1,16 @@
 """What a folder under profiles/ holds of a network: architecture, weights, norm statistics, input form and classes.
 
 ``supernet.json`` says how to build the network and its space of subnets; ``weights.npz`` and ``norms.npz`` fill it.
-Reading them executes nothing. (Accuracies and latencies, which decide and do not compute, are slackfit.py's.)
+Reading them executes nothing. Members of a zoo may lie beside them, as TorchScript files (supernets/imported.py).
+(Accuracies and latencies, which decide and do not compute, are slackfit.py's.)
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import shutil
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -100,7 +103,7 @@ class Servable:
     family: str
     architecture: Mapping[str, Any]
     supernet: Supernet
-    input: InputSpec
+    input: InputSpec | TokenSpec
     classes: tuple[str, ...]
 
 
@@ -112,13 +115,19 @@ def create_servable(
     space: Space,
     input: InputSpec | TokenSpec,
     classes: Sequence[str],
+    folder: Path | None = None,
 ) -> Servable:
-    """A servable with random weights; raises SupernetError where the parts do not fit."""
+    """A servable with random weights; raises SupernetError where the parts do not fit.
+
+    ``folder``: where the files are that parts of the network are read from, in families that have them.
+    """
     if not isinstance(name, str) or not name:
         raise SupernetError(f"name must be some text, not {name!r:.40}")
     if not classes or not all(isinstance(each, str) and each for each in classes) or len(set(classes)) < len(classes):
         raise SupernetError(f"classes must be different names, not {classes!r:.60}")
-    network, elastic = _build(family, architecture)
+    network, elastic = _build(family, architecture, folder)
+    if supernets.family_of(family).files:
+        _check_files(network, input)
     _check_fit(network, input, classes)
     supernet = Supernet(network, elastic, space)
     return Servable(
@@ -126,19 +135,21 @@ def create_servable(
         family=family,
         architecture=architecture,
         supernet=supernet,
-        input=cast(InputSpec, input),  # what serves has no other kind yet
+        input=input,
         classes=tuple(classes),
     )
 
 
-def _build(family: str, architecture: Mapping[str, Any]) -> tuple[nn.Module, Elastic | Sequence[str]]:
+def _build(
+    family: str, architecture: Mapping[str, Any], folder: Path | None
+) -> tuple[nn.Module, Elastic | Sequence[str]]:
     try:
-        with torch.device("meta"):  # counts weights without making any
+        with torch.device("meta"):  # counts weights without making any; files have bounds of their own
             network, _ = supernets.build(family, architecture)
         weights = sum(weight.numel() for weight in network.parameters())
         if weights > LARGEST_NETWORK:
             raise SupernetError(f"architecture has {weights:,} weights; at most {LARGEST_NETWORK:,} are supported")
-        return supernets.build(family, architecture)
+        return supernets.build(family, architecture, folder)
     except (ValueError, RuntimeError) as error:
         raise SupernetError(_first_line(error)) from error
 
@@ -154,15 +165,27 @@ def _check_fit(network: nn.Module, input: InputSpec | TokenSpec, classes: Sequen
         raise SupernetError(f"classes: {len(classes)} names, but the network has outputs {tuple(logits.shape[1:])}")
 
 
+def _check_files(network: Any, input: InputSpec | TokenSpec) -> None:
+    try:
+        network.check(*input.example())
+    except ValueError as error:
+        raise SupernetError(str(error)) from error
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def save_servable(servable: Servable, folder: Path) -> None:
-    """Write supernet.json, weights.npz (half precision) and norms.npz; each file appears whole or not at all."""
+    """Write supernet.json, weights.npz (half precision) and norms.npz; each file appears whole or not at all.
+
+    Files that parts of the network were read from are copied.
+    """
     weights = {name: _stored(name, value.cpu()) for name, value in servable.supernet.network.state_dict().items()}
     norms = {subnet.name: flat.cpu().numpy() for subnet, flat in servable.supernet.statistics.items()}
     folder.mkdir(parents=True, exist_ok=True)
+    if supernets.family_of(servable.family).files:
+        _copy_files(cast(Any, servable.supernet.network).files, folder)
     space = servable.supernet.space
     document = {
         "schema": SCHEMA,
@@ -178,6 +201,13 @@ def save_servable(servable: Servable, folder: Path) -> None:
     _write(folder / "norms.npz", lambda file: np.savez(file, **norms))  # type: ignore[arg-type]
 
 
+def _copy_files(files: Sequence[Path], folder: Path) -> None:
+    for path in files:
+        if path.resolve() != (folder / path.name).resolve():
+            with path.open("rb") as source:
+                _write(folder / path.name, functools.partial(shutil.copyfileobj, source))
+
+
 def _stored(name: str, value: Tensor) -> NDArray[Any]:
     stored = value.half() if value.is_floating_point() else value
     if not bool(torch.isfinite(stored).all()):
@@ -186,10 +216,13 @@ def _stored(name: str, value: Tensor) -> NDArray[Any]:
 
 
 def load_servable(folder: Path) -> Servable:
-    """Read what ``save_servable`` wrote, on the CPU; executes nothing. SupernetError names the file and the field."""
+    """Read what ``save_servable`` wrote, on the CPU. SupernetError names the file and the field.
+
+    Executes nothing, except the networks of TorchScript files on a blank input, once they have been looked through.
+    """
     path = folder / "supernet.json"
     try:
-        servable = _parse(json.loads(read_text(path)))
+        servable = _parse(json.loads(read_text(path)), folder)
     except (OSError, ValueError, RecursionError) as error:
         raise SupernetError(f"{path}: {_first_line(error)}") from error
     _load_weights(servable.supernet, folder / "weights.npz")
@@ -197,7 +230,7 @@ def load_servable(folder: Path) -> Servable:
     return servable
 
 
-def _parse(document: object) -> Servable:
+def _parse(document: object, folder: Path) -> Servable:
     # The schema comes first: a file of another version has other fields, and that is not what is wrong with it.
     if isinstance(document, dict) and document.get("schema", SCHEMA) != SCHEMA:
         raise SupernetError(f"schema must be {SCHEMA}, not {document['schema']!r:.40}")
@@ -215,6 +248,7 @@ def _parse(document: object) -> Servable:
         space=_named("space", family.space, **rows),
         input=_named("input", spec, **form),
         classes=_list(top["classes"], "classes"),
+        folder=folder,
     )
 
 

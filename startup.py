@@ -24,13 +24,18 @@ from tqdm import tqdm
 import slackfit
 from config import Config
 from engine import Engine, EngineError, measure_latencies
+from ensembles import MODES, forced
 from logs import log_event
 from profiletable import refuse_synthetic
-from servable import Servable, load_servable
+from servable import InputSpec, Servable, load_servable
 from slackfit import Choice, Device, DeviceMismatch, Latencies, PolicyError, ProfileError, ProfileTable
-from supernet import SupernetError
+from supernet import IllegalSubnetError, Supernet, SupernetError
 from web.access import Access, AccessError, is_loopback, load_keys, load_tls, readable_by_others
+from web.inputs import ImageForm
 from web.listen import ConnectionLimits, listening, room_for
+from web.texts import TextForm
+from web.tokenizer import FILES as TOKENIZER_FILES
+from web.tokenizer import NO_PACKAGE, TokenizerError, find_tokenizer, load_tokenizer
 
 PROFILED_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -48,23 +53,62 @@ def check_policy(spec: str, choices: Sequence[Choice], workers: int) -> None:
 
 def check_statistics(folder: Path, choices: Sequence[Choice], servable: Servable) -> None:
     """Raise ProfileError for a choice that cannot run, as it has no batch-norm statistics."""
-    if not servable.supernet.operators.subnet_norms:
-        return
-    calibrated = {subnet.name for subnet in servable.supernet.statistics}
-    for choice in choices:
-        if choice.frontier and choice.name not in calibrated:
-            raise ProfileError(f"{folder}/choices.json: {choice.name} has no statistics in norms.npz")
+    for choice in (choice for choice in choices if choice.frontier):
+        for name in choice.ensemble.members if choice.ensemble else (choice.name,):
+            if not _is_calibrated(servable.supernet, name):
+                raise ProfileError(f"{folder}/choices.json: {name} has no statistics in norms.npz")
 
 
-def start_engine(config: Config, servable: Servable) -> Engine:
-    """The engine that the settings ask for; raises EngineError for a device that is not there."""
+def _is_calibrated(supernet: Supernet, name: str) -> bool:
+    try:
+        subnet = supernet.space.parse(name)
+        supernet.space.check(subnet)
+    except IllegalSubnetError:
+        return not supernet.operators.subnet_norms
+    return supernet.is_calibrated(subnet)
+
+
+def input_form(config: Config, servable: Servable) -> ImageForm | TextForm:
+    """How requests become inputs of this network; raises SupernetError for a tokenizer file that cannot be used."""
+    spec = servable.input
+    if isinstance(spec, InputSpec):
+        return ImageForm(spec, config.max_pixels)
+    path = find_tokenizer(config.profile)
+    missing = f"no {' or '.join(TOKENIZER_FILES)} lies beside the weights" if path is None else NO_PACKAGE
+    try:
+        tokenizer = None if path is None else load_tokenizer(path, spec.length, spec.vocabulary)
+    except TokenizerError as error:
+        raise SupernetError(str(error)) from error
+    return TextForm(length=spec.length, vocabulary=spec.vocabulary, tokenizer=tokenizer, missing=missing)
+
+
+def lacking(form: ImageForm | TextForm) -> list[str]:
+    """What a text network is served without."""
+    if isinstance(form, ImageForm) or form.tokenizer is not None:
+        return []
+    return [f"texts are not read, only token ids, as {form.missing}"]
+
+
+def start_engine(config: Config, servable: Servable, choices: Sequence[Choice] = ()) -> Engine:
+    """The engine that the settings ask for, with the ensembles among the choices.
+
+    Raises EngineError for a device that is not there.
+    """
     return Engine(
         servable,
         config.device,
         workers=config.workers,
         threads=config.threads_per_worker,
         memory_budget=config.memory_budget_bytes(servable.supernet.nbytes),
+        ensembles=[choice.ensemble for choice in choices if choice.ensemble],
     )
+
+
+def plan_ensembles(engine: Engine, table: ProfileTable) -> None:
+    """Have the engine run each ensemble in the mode that was measured to be faster, by batch size."""
+    for entry in table.entries:
+        if entry.modes:
+            engine.plan(entry.name, entry.modes)
 
 
 def settle_garbage() -> None:
@@ -186,17 +230,35 @@ def _fingerprint(profile: Path, choices: Sequence[Choice]) -> str:
 
 
 async def profile_latencies(engine: Engine, names: Sequence[str], rounds: int) -> dict[str, Latencies]:
-    """Measure each subnet at PROFILED_BATCH_SIZES, with a progress bar on a terminal."""
-    steps = (rounds + 1) * len(names) * len(PROFILED_BATCH_SIZES)
+    """Measure each choice at PROFILED_BATCH_SIZES, ensembles in both modes, with a progress bar on a terminal."""
+    both = {name: [forced(name, mode) for mode in MODES] for name in names if name in engine.ensembles}
+    runs = [run for name in names for run in both.get(name, [name])]
+    steps = (rounds + 1) * len(runs) * len(PROFILED_BATCH_SIZES)
     with tqdm(total=steps, desc="profile", unit="batch", disable=None) as bar:
-        samples = await measure_latencies(engine, names, PROFILED_BATCH_SIZES, rounds, bar.update)
-    return {
-        name: Latencies(
+        samples = await measure_latencies(engine, runs, PROFILED_BATCH_SIZES, rounds, bar.update)
+    measured = {
+        run: Latencies(
             p50_s=_rising(np.percentile(each, 50) for each in sizes),
             p99_s=_rising(np.percentile(each, 99) for each in sizes),
         )
-        for name, sizes in samples.items()
+        for run, sizes in samples.items()
     }
+    return {
+        name: faster_of(*(measured[run] for run in both[name])) if name in both else measured[name] for name in names
+    }
+
+
+def faster_of(parallel: Latencies, serial: Latencies) -> Latencies:
+    """The latencies of an ensemble that runs in the mode of the lower median at each batch size."""
+    medians_s = list(zip(parallel.p50_s, serial.p50_s, strict=True))
+    by_mode = [parallel if parallel_s <= serial_s else serial for parallel_s, serial_s in medians_s]
+    return Latencies(
+        p50_s=tuple(map(min, medians_s)),
+        p99_s=_rising(latencies.p99_s[index] for index, latencies in enumerate(by_mode)),
+        modes=tuple("parallel" if latencies is parallel else "serial" for latencies in by_mode),
+        parallel_p50_s=parallel.p50_s,
+        serial_p50_s=serial.p50_s,
+    )
 
 
 def _rising(latencies_s: Iterable[float]) -> tuple[float, ...]:
@@ -233,6 +295,7 @@ def check(config: Config) -> list[Finding]:
     with _noting(findings):
         refuse_synthetic(config.profile)
         servable = load_servable(config.profile)
+        findings += [Finding("warning", each) for each in lacking(input_form(config, servable))]
     with _noting(findings):
         choices = slackfit.load_choices(config.profile)
     if choices is not None:
@@ -243,7 +306,7 @@ def check(config: Config) -> list[Finding]:
                 check_statistics(config.profile, choices, servable)
     if servable is not None:
         with _noting(findings):
-            engine = start_engine(config, servable)
+            engine = start_engine(config, servable, choices or ())
     if engine is not None:
         engine.close()
         if choices is not None:

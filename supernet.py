@@ -268,10 +268,13 @@ class Supernet:
             self.space.check(subnet)
             with torch.no_grad():
                 settings = self._inference_settings(subnet)
-            calibrated = subnet in self.statistics or not self.operators.subnet_norms
-            actuated = ActuatedSubnet(subnet, calibrated, self.network, settings)
+            actuated = ActuatedSubnet(subnet, self.is_calibrated(subnet), self.network, settings)
             self._actuated[subnet] = actuated
         return actuated
+
+    def is_calibrated(self, subnet: Any) -> bool:
+        """Whether it has statistics of its own, or runs no norm that would need them."""
+        return subnet in self.statistics or not self._norms_in(subnet)
 
     def for_training(self, subnet: Any) -> ActuatedSubnet:
         """The subnet with batch statistics and with gradients flowing to the shared weights; valid for one step."""
@@ -416,16 +419,18 @@ def count_parameters(network: nn.Module) -> int:
 def count_macs(network: nn.Module, *inputs: Tensor | Sequence[int]) -> int:
     """Multiply-adds of a standalone network's convolutions and linear layers, for one input.
 
+    A module that hides its layers tells its own, by a method ``macs`` of its input.
+
     ``inputs`` are the shape of an image (C, H, W), or the tensors that the network takes. On the device "meta" this
     computes nothing.
     """
     total = 0
 
-    def add(module: nn.Module, _: Any, output: Tensor) -> None:
+    def add(module: Any, given: tuple[Any, ...], output: Tensor) -> None:
         nonlocal total
-        total += output.numel() * cast(Tensor, module.weight)[0].numel()
+        total += module.macs(*given) if hasattr(module, "macs") else output.numel() * module.weight[0].numel()
 
-    layers = [module for module in network.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    layers = [each for each in network.modules() if isinstance(each, nn.Conv2d | nn.Linear) or hasattr(each, "macs")]
     hooks = [module.register_forward_hook(add) for module in layers]
     like = next(network.parameters())
     network(*(each if isinstance(each, Tensor) else like.new_zeros(1, *each) for each in inputs))

@@ -44,15 +44,16 @@ from dispatcher import Answer, Batch, DeadlineHeap, Dispatcher, Query, ReplySlot
 from engine import DeviceLostError, EngineError, Outputs
 from logs import log_event, start_log
 from profiletable import refuse_synthetic
-from servable import InputSpec, load_servable
+from servable import load_servable
 from slackfit import ProfileError, ProfileTable
 from startup import TableFile
 from supernet import SupernetError
 from web.access import AccessError, add_access
 from web.bodies import Uploads, add_uploads, read_body
 from web.door import DOOR, Door
-from web.errors import NotReady, ServeError, TooLarge, json_errors, json_response
-from web.inputs import INLINE_BODY_BYTES, INLINE_PIXELS, Limits, Parameters, check_array, decode, parse_parameters
+from web.errors import NotReady, ServeError, json_errors, json_response
+from web.inputs import Limits, Parameters, parse_parameters
+from web.lane import LANE, Lane
 from web.live import Live, Page, add_live
 from web.metrics import Metrics, add_metrics
 from web.open_inference import OpenInference
@@ -142,10 +143,13 @@ class SuperServe:
         self._starting: asyncio.Task[None] | None = None
         refuse_synthetic(self.config.profile)
         self._servable = load_servable(self.config.profile)
+        self.form = startup.input_form(self.config, self._servable)
+        for lack in startup.lacking(self.form):
+            log_event("no tokenizer", logging.WARNING, why=lack)
         self._choices = slackfit.load_choices(self.config.profile)
         startup.check_policy(self.config.policy, self._choices, self.config.workers)
         startup.check_statistics(self.config.profile, self._choices, self._servable)
-        self.engine = startup.start_engine(self.config, self._servable)
+        self.engine = startup.start_engine(self.config, self._servable, self._choices)
         self._table_file = TableFile.of(self.config, self._choices, self.engine)
         self.dispatcher: Dispatcher | None = None
         self._limits: Limits | None = None
@@ -225,19 +229,24 @@ class SuperServe:
             self._expiry.cancel()
 
     async def infer(
-        self, image: bytes | NDArray[Any], *, slo_ms: float | None = None, min_accuracy: float = 0.0, top_k: int = 1
-    ) -> Reply:
-        """Classify an encoded image, uint8 pixels (H, W, C) or a normalised float32 tensor (C, H, W).
+        self, input: object, *, slo_ms: float | None = None, min_accuracy: float = 0.0, top_k: int = 1,
+        members: Sequence[str] = (),
+    ) -> Reply:  # fmt: skip
+        """Classify an encoded image (bytes), uint8 pixels (H, W, C) or a normalised float32 tensor (C, H, W).
 
-        Raises a ServeError: BadRequest, QueueFull, NotReady, DeadlineExceeded or BatchFailed.
+        With a text servable, a text (str), token ids (n,), ids and attention mask (2, n), or both by name.
+        ``members``: of the ensemble, or the subnet, that is to answer; the policy chooses where none are given. Raises
+        a ServeError: BadRequest, UnsupportedMedia, TooLarge, QueueFull, NotReady, DeadlineExceeded or BatchFailed.
         """
         arrival_s = self.clock()
-        given = {"slo_ms": slo_ms, "min_accuracy": min_accuracy, "top_k": top_k}
+        given = {"slo_ms": slo_ms, "min_accuracy": min_accuracy, "top_k": top_k, "members": "+".join(members) or None}
         texts = {name: str(value) for name, value in given.items() if value is not None}
         parameters = parse_parameters(texts, {}, self.limits())
-        if isinstance(image, bytes):
-            return await self.submit(await self.decode(image, "image/*"), arrival_s, parameters)
-        return await self.submit(check_array(image, self._servable.input), arrival_s, parameters)
+        if isinstance(input, bytes | str):
+            body = input.encode(errors="surrogatepass") if isinstance(input, str) else input
+            decoded = await self.decode(body, "text/plain" if isinstance(input, str) else "image/*")
+            return await self.submit(decoded, arrival_s, parameters)
+        return await self.submit(self.form.check(input), arrival_s, parameters)
 
     @property
     def name(self) -> str:
@@ -249,11 +258,6 @@ class SuperServe:
         """The labels, in the order of the probabilities."""
         return self._servable.classes
 
-    @property
-    def input(self) -> InputSpec:
-        """The form of one network input."""
-        return self._servable.input
-
     def limits(self) -> Limits:
         """What parameters of a request may be; NotReady while there is no table."""
         self._open()
@@ -262,16 +266,11 @@ class SuperServe:
 
     def check_input(self, array: object) -> NDArray[Any]:
         """An array that is one network input already; raises BadRequest for any other."""
-        return check_array(array, self._servable.input)
+        return self.form.check(array)
 
     def decode_inline(self, body: bytes, content_type: str) -> NDArray[Any] | None:
         """The network input in a request's body; None if decoding it would hold up other queries."""
-        if len(body) > INLINE_BODY_BYTES:
-            return None
-        try:
-            return decode(body, content_type, self._servable.input, min(INLINE_PIXELS, self.config.max_pixels))
-        except TooLarge:
-            return None  # a small file can hold a large image, which is then looked at again
+        return self.form.decode_inline(body, content_type)
 
     async def decode(self, body: bytes, content_type: str) -> NDArray[Any]:
         """The network input in a request's body; large ones are decoded on a thread. Raises NotReady at the end."""
@@ -279,7 +278,7 @@ class SuperServe:
         if decoded is not None:
             return decoded
         self._open()  # a server that drains has other things to do
-        return await self.aside(partial(decode, body, content_type, self._servable.input, self.config.max_pixels))
+        return await self.aside(partial(self.form.decode, body, content_type))
 
     async def aside(self, work: Callable[[], Result]) -> Result:
         """Do on a thread what would hold up the queries of others. Raises what it raises, or NotReady at the end."""
@@ -298,9 +297,10 @@ class SuperServe:
 
         So many queries are coming before this one, which takes so long.
         """
-        form = self._servable.input
-        least_bytes = form.height * form.width * form.channels  # as pixels
-        self._open().turn_away(arrival_s, parameters.slo_s, parameters.min_accuracy, least_bytes, coming, delay_s)
+        self._open().turn_away(
+            arrival_s, parameters.slo_s, parameters.min_accuracy, self.form.least_bytes,
+            choice=parameters.choice, coming=coming, delay_s=delay_s,
+        )  # fmt: skip
 
     async def submit(self, input: NDArray[Any], arrival_s: float, parameters: Parameters) -> Reply:
         """Queue one decoded input and wait for its answer; cancelling frees its place."""
@@ -332,7 +332,7 @@ class SuperServe:
             log_event("table corrected", slower=slower, slowdown=round(dispatcher.slowdown, 3))
         query = Query(
             input=input, arrival_s=arrival_s, slo_s=parameters.slo_s, reply=reply,
-            min_accuracy=parameters.min_accuracy, priority=parameters.priority,
+            min_accuracy=parameters.min_accuracy, priority=parameters.priority, choice=parameters.choice,
         )  # fmt: skip
         dispatcher.submit(query)
         self._wake()
@@ -383,6 +383,7 @@ class SuperServe:
             latency_s=now_s - query.arrival_s,
             queue_s=answer.started_s - query.arrival_s,
             deadline_met=now_s <= query.deadline_s,
+            degraded=answer.degraded,
             probabilities=row,
         )
 
@@ -460,6 +461,7 @@ class SuperServe:
             self.on_lost()
 
     def _use(self, table: ProfileTable) -> None:
+        startup.plan_ensembles(self.engine, table)
         policy = slackfit.make_policy(self.config.policy, table, self.config.workers)
         self.dispatcher = Dispatcher(
             table,
@@ -474,7 +476,7 @@ class SuperServe:
         self._limits = Limits(
             default_slo_s=self.config.default_slo_ms / 1e3,
             longest_slo_s=self.config.max_slo_ms / 1e3,
-            best_accuracy=table.entries[-1].accuracy,
+            accuracies={entry.name: entry.accuracy for entry in table.entries},
             classes=len(self._servable.classes),
         )
         self.dispatcher.observers += [self.metrics, self.live, self.statistics]
@@ -555,7 +557,10 @@ def make_app(config: Config) -> web.Application:
     add_stream(app, app[SERVE], limits)
     app.router.add_routes(OpenInference(app[SERVE]).routes())
     add_access(app, access)
-    app[DOOR] = Door(app[SERVE], app[SERVE].metrics.count_response, keyed=access.keys is not None)
+    count = app[SERVE].metrics.count_response
+    app[DOOR] = Door(app[SERVE], count, keyed=access.keys is not None)
+    if not access.origins:  # whose answers have headers of their own
+        app[LANE] = Lane(app[SERVE], app[DOOR], count, config.max_body_bytes)
     app.cleanup_ctx.append(_lifespan)
     return app
 

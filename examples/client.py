@@ -55,6 +55,8 @@ class Reply:
     latency_ms: float
     queue_ms: float
     deadline_met: bool
+    members: tuple[str, ...] = ()  # of an ensemble
+    degraded: bool = False  # without members that failed
 
 
 class ServerError(Exception):
@@ -105,10 +107,13 @@ class Client:
         min_accuracy: float | None = None,
         priority: int | None = None,
         top_k: int | None = None,
+        members: str | None = None,
         content_type: str = ANY_TYPE,
     ) -> Reply:
         """Ask about one encoded image, raw tensor or JSON document with POST /predict."""
-        given = {"slo_ms": slo_ms, "min_accuracy": min_accuracy, "priority": priority, "top_k": top_k}
+        given = {
+            "slo_ms": slo_ms, "min_accuracy": min_accuracy, "priority": priority, "top_k": top_k, "members": members,
+        }  # fmt: skip
         parameters = {name: str(value) for name, value in given.items() if value is not None}
         headers = {"Content-Type": content_type}
         async with self._opened.post(
@@ -152,6 +157,7 @@ class Stream:
         min_accuracy: float | None = None,
         priority: int | None = None,
         top_k: int | None = None,
+        members: str | None = None,
         content_type: str | None = None,
         dtype: str | None = None,
         shape: tuple[int, ...] | None = None,
@@ -162,7 +168,7 @@ class Stream:
         """
         header = {
             "slo_ms": slo_ms, "min_accuracy": min_accuracy, "priority": priority, "top_k": top_k,
-            "content_type": content_type, "dtype": dtype, "shape": shape,
+            "members": members, "content_type": content_type, "dtype": dtype, "shape": shape,
         }  # fmt: skip
         async with self._may_send:
             document = await self._ask({name: value for name, value in header.items() if value is not None}, image)
@@ -209,6 +215,8 @@ def _reply(document: Mapping[str, Any]) -> Reply:
         latency_ms=document["latency_ms"],
         queue_ms=document["queue_ms"],
         deadline_met=document["deadline_met"],
+        members=tuple(document.get("members", ())),
+        degraded=document.get("degraded", False),
     )
 
 

@@ -236,7 +236,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Everything; the budgets come first, while nothing else has left memory behind."""
     servable = load_servable(options.profile)
     servable.supernet.to(torch.device("cpu"))
-    choices = [choice for choice in slackfit.load_choices(options.profile) if choice.frontier]
+    found = slackfit.load_choices(options.profile)
+    choices = [choice for choice in found if choice.frontier and choice.ensemble is None]
     names = [choice.name for choice in choices]
     ranked = [choice.name for choice in sorted(choices, key=lambda each: each.accuracy)]
     three = [ranked[0], ranked[len(ranked) // 2], ranked[-1]]

@@ -48,7 +48,7 @@ def medians_ms(engines: Sequence[Engine], names: Sequence[str]) -> list[dict[str
 
 def compare(profile: Path, device: str, workers: int) -> dict[str, object]:
     """Prepare both engines, measure, and print a table."""
-    frontier = [choice.name for choice in slackfit.load_choices(profile) if choice.frontier]
+    frontier = [choice.name for choice in slackfit.load_choices(profile) if choice.frontier and not choice.ensemble]
     names = [frontier[0], frontier[-1]]
     without = Engine(load_servable(profile), device, workers=workers, memory_budget=0)
     ready = Engine(load_servable(profile), device, workers=workers, memory_budget=math.inf)

@@ -139,7 +139,7 @@ async def _serve(profile: Path, pipe: Pipe) -> None:
             async with listening(runner, "127.0.0.1", 0, startup.connection_limits(config)) as url:
                 await server.start_soon()
                 startup.settle_garbage()
-                form = server.input
+                form = server.form.shape
                 shape = (form.height, form.width, form.channels)
                 port = bare_runner.addresses[0][1]
                 pipe.send(Place(bare=f"http://127.0.0.1:{port}", url=url, model=server.name, shape=shape))

@@ -117,7 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the subnets that are looked at")
     options = parser.parse_args(arguments)
     servable = load_servable(options.profile)
-    choices = [choice for choice in slackfit.load_choices(options.profile) if choice.frontier]
+    found = slackfit.load_choices(options.profile)
+    choices = [choice for choice in found if choice.frontier and choice.ensemble is None]
     frontier = [choice.name for choice in sorted(choices, key=lambda each: each.accuracy)]
     document = {
         "profile": str(options.profile),

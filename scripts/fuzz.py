@@ -60,10 +60,10 @@ def readers() -> dict[str, Callable[[bytes], object]]:
     """What reads an input without its first byte, by case; imported late, so that a worker counts their coverage."""
     import numpy as np
 
-    from web import door, infer_requests, inputs, stream
+    from web import door, infer_reading, infer_requests, inputs, stream
 
     shape = Shape()
-    limits = inputs.Limits(default_slo_s=0.1, longest_slo_s=60.0, best_accuracy=0.9, classes=5)
+    limits = inputs.Limits(default_slo_s=0.1, longest_slo_s=60.0, accuracies={"small": 0.7, "large": 0.9}, classes=5)
     form = infer_requests.ModelForm(
         name="tiny", version="1", input=shape, most_rows=64, max_pixels=10_000, longest_slo_s=60.0, classes=5,
     )
@@ -81,7 +81,7 @@ def readers() -> dict[str, Callable[[bytes], object]]:
         body, length = data[1:], HEADER_LENGTHS[data[0] % len(HEADER_LENGTHS)]
         if length == "{json}":  # in front of binary data: as long as the next two bytes say
             length, body = str(int.from_bytes(body[:2], "little")), body[2:]
-        reading = infer_requests.Reading(clock=float, arrival_s=0.0, slo_s=60.0, inline=bool(data[0] & 128))
+        reading = infer_reading.Reading(clock=float, arrival_s=0.0, slo_s=60.0, inline=bool(data[0] & 128))
         asked = infer_requests.read_infer_request(body, length, form, reading)
         for row in asked.rows:
             check(row)
@@ -98,7 +98,7 @@ def readers() -> dict[str, Callable[[bytes], object]]:
             check(inputs.check_array(tensor, shape))
 
     def parameters(data: bytes) -> None:
-        if door.whole_request(data):
+        if door.head_of(data) is not None:
             door.Door(Crowded(limits), lambda *_: None).answer(data, connection=None)
         lines = [line.partition("=") for line in data.decode("utf-8", "surrogateescape").split("&")]
         inputs.parse_parameters({name: value for name, _, value in lines}, {}, limits)

@@ -43,6 +43,10 @@ part tests 150 "$PYTHON" -m pytest -c /dev/null --rootdir . -p no:cacheprovider 
 part profile 120 "$PYTHON" scripts/profile_supernet.py --profile "$PROFILE" --latency-only --device cuda --rounds 40
 part graphs 60 "$PYTHON" scripts/bench_graphs.py --profile "$PROFILE" --device cuda
 part mechanism 60 "$PYTHON" scripts/bench_supernet.py --profile "$PROFILE"
+if [ -e "$DATA" ] && [ -e profiles/cifar10-zoo/choices.json ]; then
+  part zoo 60 "$PYTHON" scripts/profile_supernet.py --profile profiles/cifar10-zoo --latency-only --device cuda --rounds 20
+  part ensemble 60 "$PYTHON" scripts/bench_ensemble.py --profile profiles/cifar10-zoo --data "$DATA" --device cuda
+fi
 if "$PYTHON" -c 'import httptools' 2>/dev/null && [ -e "$DATA" ] && [ -e "$TRACE" ]; then
   part serving 210 "$PYTHON" scripts/bench_serving.py --profile "$PROFILE" --data "$DATA" --trace "$TRACE" \
     --loads 0.3 0.6 --policies halfslo fixed:largest --first-rate 1000 --duration 20 --slo-ms 36 --out "$OUT/serving" \

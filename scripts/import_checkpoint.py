@@ -8,19 +8,22 @@ is refused. Every weight must be there, fit, and be finite.
 
 The servable has the running statistics of the checkpoint, which are those of the largest subnet. Until
 scripts/profile_supernet.py has calibrated the others on your data, they are served with the leading part of the same
-statistics, which costs accuracy. That script also measures accuracies and latencies, without which nothing is served.
+statistics, which costs accuracy. That script (profile_texts.py for texts) also measures accuracies and latencies,
+without which nothing is served; but if you know how accurate the checkpoint is (--accuracy), its largest subnet alone
+can be served at once.
 
     python scripts/import_checkpoint.py ofa_resnet50.pth --out profiles/ofa --labels imagenet.txt
     python scripts/import_checkpoint.py model.safetensors --out profiles/sst2 --labels labels.txt --tokenizer vocab.txt
     python scripts/profile_supernet.py --profile profiles/ofa --data FOLDER
+    python scripts/profile_texts.py --profile profiles/sst2 --data dev.tsv
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,11 +37,14 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import supernets
+from profiletable import Choice, save_choices
 from scripts.checkpoints import CheckpointError, read_tensors
 from scripts.train import STALE
 from servable import InputSpec, Servable, TokenSpec, create_servable, save_servable
-from supernet import Space, SupernetError
+from supernet import Space, SupernetError, count_macs, count_parameters
 from supernets import bert, ofa, ofa_mobilenet, ofa_resnet
+from web.tokenizer import FILES as TOKENIZER_FILES
+from web.tokenizer import NO_PACKAGE, load_tokenizer
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, with which the public checkpoints were trained
 NAMED = 4  # names that a message lists
@@ -232,6 +238,18 @@ def import_tensors(tensors: Tensors, options: argparse.Namespace, classes: Seque
     return servable
 
 
+def largest_choice(servable: Servable, accuracy: float, samples: float) -> Choice:
+    """The largest subnet, which computes what the checkpoint does, with the accuracy that is known of it."""
+    if accuracy > 1 or samples < 1 or samples != int(samples):
+        raise CheckpointError(f"--accuracy: a share up to 1 of a number of inputs, not {accuracy:g} {samples:g}")
+    subnet = servable.supernet.space.largest
+    extracted = servable.supernet.extract(subnet)
+    return Choice(
+        name=subnet.name, kind="subnet", accuracy=accuracy, accuracy_samples=int(samples), test_accuracy=None,
+        parameters=count_parameters(extracted), macs=count_macs(extracted, *servable.input.example()), frontier=True,
+    )  # fmt: skip
+
+
 # ----------------------------------------------------------------------------------------------- labels and tokenizers
 
 
@@ -284,6 +302,8 @@ def input_of(family: str, architecture: Mapping[str, Any], options: argparse.Nam
     length = options.length or min(128, architecture["positions"])
     if length > architecture["positions"]:
         raise CheckpointError(f"--length {length}: the network has {architecture['positions']} positions")
+    if options.tokenizer and load_tokenizer(options.tokenizer, length, architecture["vocabulary"]) is None:
+        print(f"{options.tokenizer} is copied, but not tried: {NO_PACKAGE}")
     return TokenSpec(length=length, vocabulary=architecture["vocabulary"])
 
 
@@ -311,12 +331,23 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--mean", type=float, nargs=3, help="of each channel, of pixels 0 to 1 (default: ImageNet's)")
     parser.add_argument("--std", type=float, nargs=3, help="of each channel, likewise")
     parser.add_argument("--tokenizer", type=Path, help="of a text network: vocab.txt or tokenizer.json, to be copied")
+    parser.add_argument(
+        "--accuracy", type=_share, nargs=2, metavar=("SHARE", "SAMPLES"),
+        help="of the checkpoint, as its authors measured it on so many inputs: serve the largest subnet at once",
+    )  # fmt: skip
     parser.add_argument("--length", type=int, help="most tokens of a text (default: 128, or all positions if fewer)")
     parser.add_argument("--heads", type=int, help="of a text network (default: one for every 64 of its width)")
     parser.add_argument(
         "--architecture", type=_object, default={}, metavar="JSON", help="sizes that are not the official ones"
     )
     return parser.parse_args(arguments)
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value) or value < 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, not {text:.40}")
+    return value
 
 
 def _object(text: str) -> dict[str, Any]:
@@ -337,6 +368,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tensors = read_tensors(options.checkpoint)
         try:
             servable = import_tensors(tensors, options, classes)
+            choices = [largest_choice(servable, *options.accuracy)] if options.accuracy else []
         except (CheckpointError, SupernetError) as error:
             raise CheckpointError(f"{options.checkpoint}: {error}") from error
         for pattern in STALE:  # of a network that was there before
@@ -344,10 +376,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 stale.unlink()
         save_servable(servable, options.out)
         if options.tokenizer:
-            shutil.copyfile(options.tokenizer, options.out / f"{_kept_name(options.tokenizer)}")
+            _keep_tokenizer(options.tokenizer, options.out)
+        if choices:
+            save_choices(options.out, choices)
     except (ValueError, OSError) as error:
         sys.exit(f"import_checkpoint.py: {error}")
-    print(f"next: python scripts/profile_supernet.py --profile {options.out} --data DATA")
+    script = "profile_texts" if isinstance(servable.input, TokenSpec) else "profile_supernet"
+    print(f"next: python scripts/{script}.py --profile {options.out} --data DATA")
     weights = sum(value.numel() for value in servable.supernet.network.parameters())
     print(json.dumps({
         "out": str(options.out), "family": servable.family, "weights": weights, "classes": len(classes),
@@ -355,8 +390,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }))  # fmt: skip
 
 
-def _kept_name(tokenizer: Path) -> str:
-    return "vocab.txt" if tokenizer.suffix == ".txt" else "tokenizer.json"
+def _keep_tokenizer(tokenizer: Path, folder: Path) -> None:
+    """Copy it, in place of one that was there before, which may be itself."""
+    content, kept = tokenizer.read_bytes(), "vocab.txt" if tokenizer.suffix == ".txt" else "tokenizer.json"
+    for name in TOKENIZER_FILES:
+        (folder / name).unlink(missing_ok=True)
+    (folder / kept).write_bytes(content)
 
 
 if __name__ == "__main__":

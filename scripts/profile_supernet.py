@@ -6,8 +6,12 @@ training images and never trained on. By one half of them the frontier is chosen
 measured that the profile states: among many candidates, those are chosen that chance has favoured too. The test images
 only report. Writes norms.npz, choices.json and a latency table; continues an interrupted search from search.jsonl.
 
+With --ensembles, pairs and triples of the subnets on the frontier that extend it become choices too, in place of those
+there were; with --ensembles-only, the subnets and their accuracies stay as they are (docs/ensembles.md).
+
     python scripts/profile_supernet.py --data digits --profile profiles/digits --candidates 60
     python scripts/profile_supernet.py --data ../shared/data/cifar10_jpeg.npz --profile profiles/cifar10
+    python scripts/profile_supernet.py --data digits --profile profiles/digits --ensembles-only
     python scripts/profile_supernet.py --profile profiles/cifar10 --latency-only
 """
 
@@ -20,7 +24,7 @@ import os
 import random
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -34,54 +38,13 @@ import slackfit
 from config import Config
 from engine import Engine, measure_latencies
 from scripts import datasets
+from scripts.ensemble_search import find_ensembles
+from scripts.frontiers import Candidate, confirmed, frontier, thinned
 from scripts.train import accuracy, calibration_batches, hits
-from servable import Servable, load_servable, save_servable
+from servable import InputSpec, Servable, load_servable, save_servable
 from startup import PROFILED_BATCH_SIZES, profile_latencies
 from supernet import Subnet, count_macs, count_parameters
 from wholefile import write_text
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """What the search found out about one subnet; latency at the search's batch size.
-
-    ``accuracy`` is that on the images by which the frontier is chosen, ``confirmed`` that on the others.
-    """
-
-    name: str
-    accuracy: float
-    confirmed: float
-    latency_s: float
-    parameters: int
-    macs: int
-
-
-def frontier(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The candidates to which no other is both more accurate and faster, fastest first."""
-    kept: list[Candidate] = []
-    for candidate in sorted(candidates, key=lambda each: (each.latency_s, -each.accuracy)):
-        if not kept or candidate.accuracy > kept[-1].accuracy:
-            kept.append(candidate)
-    return kept
-
-
-def confirmed(chosen: Sequence[Candidate]) -> list[Candidate]:
-    """Those of a frontier that are still more accurate than all faster ones on the images that did not choose it."""
-    return frontier([replace(each, accuracy=each.confirmed) for each in chosen])
-
-
-def thinned(candidates: Sequence[Candidate], most: int) -> list[Candidate]:
-    """At most this many of a frontier, the ends included: repeatedly leave out the one that the hull misses least."""
-    kept = list(candidates)
-    while len(kept) > max(2, most):
-        losses = [_lost_without(*kept[i - 1 : i + 2]) for i in range(1, len(kept) - 1)]
-        del kept[1 + int(np.argmin(losses))]
-    return kept
-
-
-def _lost_without(before: Candidate, middle: Candidate, after: Candidate) -> float:
-    """Accuracy lost, integrated over latency, when the faster neighbour must stand in for the middle one."""
-    return (middle.accuracy - before.accuracy) * (after.latency_s - middle.latency_s)
 
 
 class Search:
@@ -101,13 +64,12 @@ class Search:
     def _recall(self) -> None:
         """Take up what an interrupted search found, as far as its statistics were saved."""
         supernet = self.servable.supernet
-        known = {subnet.name for subnet in supernet.statistics}
         lines = self._log.read_text().splitlines(keepends=True)
         whole = [line for line in lines if line.endswith("\n")]  # the last may be cut off
         write_text(self._log, "".join(whole))
         rows = [row for row in map(json.loads, whole) if row.keys() == Candidate.__dataclass_fields__.keys()]
-        all_known = not supernet.operators.subnet_norms  # there is nothing to save
-        self.found = {row["name"]: Candidate(**row) for row in rows if all_known or row["name"] in known}
+        found = [Candidate(**row) for row in rows]
+        self.found = {each.name: each for each in found if supernet.is_calibrated(supernet.space.parse(each.name))}
 
     def look_at(self, subnet: Subnet) -> Candidate:
         """Calibrate and measure a subnet, unless that was done before."""
@@ -226,6 +188,28 @@ def report(folder: Path, path: Path, device: slackfit.Device) -> dict[str, objec
     return {"profile": str(folder), "table": path.name, "calibrated": len(choices), "entries": len(table.entries)}
 
 
+def check_data(data: datasets.Dataset, servable: Servable) -> None:
+    """Raise ValueError for data of another form than the network's input, or with more or fewer classes."""
+    spec, shape = servable.input, data.validation.images.shape[1:]
+    if shape != (spec.height, spec.width, spec.channels):
+        raise ValueError(f"{data.name} has images of {'x'.join(map(str, shape))}, the network takes {spec}")
+    if len(data.classes) != len(servable.classes):
+        raise ValueError(f"{data.name} has {len(data.classes)} classes, the network {len(servable.classes)}")
+
+
+def choose(options: argparse.Namespace, servable: Servable, engine: Engine) -> None:
+    """Search for subnets, ensembles or both, and write choices.json."""
+    if not isinstance(servable.input, InputSpec):
+        raise ValueError(f"{options.profile} takes texts; scripts/profile_texts.py measures those")
+    data, folder = datasets.load(options.data, servable.input.height), options.profile
+    check_data(data, servable)
+    if not options.ensembles_only:
+        search = Search(servable, data, engine, folder, options.batch_size)
+        write_choices(servable, data, search.run(options.candidates, options.seed), folder, options.most)
+    if options.ensembles or options.ensembles_only:
+        find_ensembles(engine, servable, data, folder, options.batch_size)
+
+
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -239,7 +223,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--workers", type=int, default=1, help="batches in flight while measuring, as in serving")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads per worker; 0: as the server chooses")
     parser.add_argument("--seed", type=int, default=0, help="of the search")
-    parser.add_argument("--latency-only", action="store_true", help="only measure this device's latencies")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--ensembles", action="store_true", help="after the subnets, look for ensembles of them")
+    what.add_argument("--ensembles-only", action="store_true", help="look for ensembles of the subnets there are")
+    what.add_argument("--latency-only", action="store_true", help="only measure this device's latencies")
     options = parser.parse_args(arguments)
     if not options.latency_only and options.data is None:
         parser.error("--data is needed, except with --latency-only")
@@ -254,17 +241,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         servable = load_servable(options.profile)
         make_engine = partial(Engine, servable, options.device, workers=options.workers, threads=threads)
-        if options.latency_only:
-            names = [choice.name for choice in slackfit.load_choices(options.profile) if choice.frontier]
-        else:
-            data = datasets.load(options.data, servable.input.height)
+        if not options.latency_only:
             searching = make_engine()  # holds all that it looks at
-            search = Search(servable, data, searching, options.profile, options.batch_size)
-            found = search.run(options.candidates, options.seed)
+            choose(options, servable, searching)
             searching.close()
-            names = write_choices(servable, data, found, options.profile, options.most)
+        choices = slackfit.load_choices(options.profile)
+        names = [choice.name for choice in choices if choice.frontier]
         # As the server runs them: with what its default budget holds.
-        engine = make_engine(memory_budget=Config().memory_budget_bytes(servable.supernet.nbytes))
+        engine = make_engine(
+            memory_budget=Config().memory_budget_bytes(servable.supernet.nbytes),
+            ensembles=[choice.ensemble for choice in choices if choice.ensemble],
+        )
         path = write_latencies(engine, names, options.profile, options.rounds)
         print(json.dumps(report(options.profile, path, slackfit.Device(**asdict(engine.facts)))))
     except (ValueError, OSError, RuntimeError) as error:

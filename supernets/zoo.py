@@ -8,12 +8,14 @@ accurate than each of them: ensembles of them are choices too (docs/ensembles.md
   depthwise convolutions or, ``fused``, with ordinary ones (EfficientNetV2, Tan and Le, ICML 2021).
 * ``branched``: cells whose branches of 1x1, 3x3 and two 3x3 convolutions and of pooling are joined (Inception, Szegedy
   et al., CVPR 2016; the branches of NASNet's cells, Zoph et al., CVPR 2018, without the search).
+* ``torchscript``: any network, of a TorchScript file beside supernet.json (imported.py, docs/zoo.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 
 from operators import Elastic
 from subnets import IllegalSubnetError, Space, SubnetValue, axis
+from supernets.imported import Imported
 from supernets.ofa import check_sizes
 from supernets.resnet import ResNet
 
@@ -192,19 +195,22 @@ ARCHITECTURES = {"branched": BranchedNet, "inverted": InvertedNet, "residual": R
 
 
 class Zoo(nn.Module):
-    """Networks by name; each is {"architecture": one of ARCHITECTURES, and that one's arguments}.
+    """Networks by name; each is {"architecture": one of ARCHITECTURES or "torchscript", and that one's arguments}.
 
-    Input (N, channels, H, W), output logits (N, classes), of the last member that runs: of one, in a subnet.
+    Input (N, channels, H, W), output logits (N, classes), of the last member that runs: of one, in a subnet. Files of
+    members are in ``folder``; without one, they are not read.
     """
 
-    def __init__(self, channels: int, classes: int, members: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(
+        self, channels: int, classes: int, members: Mapping[str, Mapping[str, Any]], folder: Path | None = None
+    ) -> None:
         super().__init__()
         _check("channels", [channels], 1024)
         _check("classes", [classes], 100_000)
         if not isinstance(members, Mapping) or not 1 <= len(members) <= MOST_MEMBERS:
             raise ValueError(f"members must be an object with 1 to {MOST_MEMBERS} networks, not {members!r:.60}")
         self.names = tuple(sorted(members))
-        self.members = nn.ModuleList(_build(name, members[name], channels, classes) for name in self.names)
+        self.members = nn.ModuleList(_build(name, members[name], channels, classes, folder) for name in self.names)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         logits = x
@@ -212,12 +218,33 @@ class Zoo(nn.Module):
             logits = member(x)
         return logits
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files of its members."""
+        return tuple(member.path for member in self._imported.values())
 
-def _build(name: str, spec: Mapping[str, Any], channels: int, classes: int) -> nn.Module:
-    if not isinstance(spec, Mapping) or spec.get("architecture") not in ARCHITECTURES:
-        raise ValueError(f"members.{name}.architecture must be one of {', '.join(ARCHITECTURES)}, in {spec!r:.60}")
+    def check(self, x: Tensor) -> None:
+        """Raise ValueError, naming it, for a member of a file that does not compute what one must of this input."""
+        for name, member in self._imported.items():
+            try:
+                member.check(x)
+            except ValueError as error:
+                raise ValueError(f"members.{name}: {error}") from error
+
+    @property
+    def _imported(self) -> dict[str, Imported]:
+        pairs = zip(self.names, self.members, strict=True)
+        return {name: member for name, member in pairs if isinstance(member, Imported)}
+
+
+def _build(name: str, spec: Mapping[str, Any], channels: int, classes: int, folder: Path | None) -> nn.Module:
+    known = (*ARCHITECTURES, "torchscript")
+    if not isinstance(spec, Mapping) or spec.get("architecture") not in known:
+        raise ValueError(f"members.{name}.architecture must be one of {', '.join(known)}, in {spec!r:.60}")
     arguments = {key: value for key, value in spec.items() if key != "architecture"}
     try:
+        if spec["architecture"] == "torchscript":
+            return Imported(classes=classes, folder=folder, **arguments)
         network: nn.Module = ARCHITECTURES[spec["architecture"]](channels=channels, classes=classes, **arguments)
     except (TypeError, ValueError) as error:
         raise ValueError(f"members.{name}: {error}") from error

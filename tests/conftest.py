@@ -1,6 +1,7 @@
 """Fixtures and helpers that more than one test module uses."""
 
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from hypothesis import settings
 
+from profiletable import Ensemble
 from slackfit import Choice, Latencies, ProfileTable, build_table
 from superserve import SERVE, make_app
 
@@ -63,6 +65,13 @@ def choice(name: str, accuracy: float, *, frontier: bool = True) -> Choice:
         name=name, kind="subnet", accuracy=accuracy, accuracy_samples=5000, test_accuracy=accuracy / 2,
         parameters=10, macs=20, frontier=frontier,
     )  # fmt: skip
+
+
+def ensemble(members: Sequence[str], accuracy: float) -> Choice:
+    """An ensemble of these subnets, by the mean of their probabilities."""
+    weights = tuple(1 / len(members) for _ in members)
+    together = Ensemble(members=tuple(members), combination="mean", weights=weights)
+    return replace(choice(together.name, accuracy), kind="ensemble", ensemble=together)
 
 
 def in_ms(*values_ms: float) -> Latencies:

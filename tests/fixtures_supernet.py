@@ -93,6 +93,7 @@ def worst_in_two_threads(
     supernet: Supernet, chosen: Sequence[Subnet], inputs: tuple[Tensor, ...], rounds: int
 ) -> float:
     """By how much actuated subnets differ from extracted ones, while two threads run every second one of them each."""
+    torch.set_num_threads(1)  # as in both threads; scripts that ran before may have set another number
     alone = {subnet: supernet.extract(subnet)(*inputs) for subnet in chosen}
     start, worst = threading.Barrier(2), [0.0, 0.0]
 

@@ -7,12 +7,13 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import serving
-from conftest import table_of
+from conftest import choice, ensemble, in_ms, table_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -27,7 +28,7 @@ from serving import Clock, make_query, slot_of
 
 import dispatcher as dispatcher_module
 from dispatcher import Answer, Batch, Dispatcher, Query
-from slackfit import ProfileTable, make_policy
+from slackfit import ProfileTable, build_table, make_policy
 from web.errors import BatchFailed, DeadlineExceeded, NotReady, QueueFull
 
 MAX_QUEUE = 12
@@ -87,12 +88,17 @@ class World(RuleBasedStateMachine):
 
     @rule(
         slo_ms=st.sampled_from([1, 5, 20, 36, 36, 100, 300, 3000]), floor=st.integers(-3, 5),
-        priority=st.integers(0, 2), count=st.integers(1, 4),
+        priority=st.integers(0, 2), count=st.integers(1, 4), asked_for=st.integers(-6, 5),
     )  # fmt: skip
-    def arrive(self, slo_ms: int, floor: int, priority: int, count: int) -> None:
-        lowest = self.table.entries[floor % len(self.table.entries)].accuracy if floor >= 0 else 0.0
+    def arrive(self, slo_ms: int, floor: int, priority: int, count: int, asked_for: int) -> None:
+        entries = self.table.entries
+        lowest = entries[floor % len(entries)].accuracy if floor >= 0 else 0.0
+        choice = entries[asked_for % len(entries)] if asked_for >= 0 else None
+        if choice is not None:
+            lowest = min(lowest, choice.accuracy)
+        name = None if choice is None else choice.name
         for _ in range(count):
-            query = make_query(self.clock, slo_ms, min_accuracy=lowest, priority=priority)
+            query = make_query(self.clock, slo_ms, min_accuracy=lowest, priority=priority, choice=name)
             self.queries.append(query)
             try:
                 self.dispatcher.submit(query)
@@ -138,6 +144,7 @@ class World(RuleBasedStateMachine):
             assert idle > 0
             assert 1 <= len(batch.queries) <= self.table.max_batch
             assert all(query.min_accuracy <= batch.entry.accuracy for query in batch.queries)
+            assert all(query.choice in (None, batch.entry.name) for query in batch.queries)
             assert not any(query.waiting for query in batch.queries)
             self.batches.append(batch)
 
@@ -408,6 +415,89 @@ def test_a_query_is_turned_away_before_its_input_is_there_and_counted_only_then(
     assert (ledger.arrivals, sorted(ledger.outcomes.values())) == (3, ["infeasible", "queue_full"])
 
 
+# --------------------------------------------------------------------------------------------------- choices, ensembles
+
+
+def test_who_asks_for_a_choice_gets_it_and_only_it() -> None:
+    clock = Clock()
+    dispatcher = Dispatcher(SMALL, make_policy("clearfit", SMALL), clock, workers=1, max_queue=100)
+    for number, name in enumerate(["e1", "e1", None, "e0", "e1", None]):
+        dispatcher.submit(make_query(clock, 100 + number, choice=name))
+    found = []
+    while (batch := dispatcher.next_batch()) is not None:
+        found.append((batch.entry.name, [query.choice for query in batch.queries]))
+        clock.now_s += 0.012
+        dispatcher.settle(batch, serving.outputs_for(len(batch.queries), clock()))
+    assert [each for _, asked in found for each in asked] == ["e1", "e1", None, "e0", "e1", None], "none is passed over"
+    assert all(each in (None, name) for name, asked in found for each in asked)
+    assert found[0][0] == "e1"
+
+
+def test_who_asks_for_a_choice_that_takes_too_long_is_told_so_at_once() -> None:
+    clock = Clock()
+    dispatcher = Dispatcher(SMALL, make_policy("clearfit", SMALL), clock, workers=1, max_queue=100)
+    dispatcher.submit(make_query(clock, 3))
+    with pytest.raises(DeadlineExceeded, match="the deadline cannot be met") as caught:
+        dispatcher.submit(make_query(clock, 3, choice="e1"))
+    assert caught.value.details["predicted_ms"] == 4
+    with pytest.raises(DeadlineExceeded):
+        dispatcher.turn_away(clock(), 0.003, 0.0, 0, choice="e1")
+    dispatcher.turn_away(clock(), 0.003, 0.0, 0, choice="e0")
+
+
+def test_who_asks_for_a_choice_that_has_no_time_left_is_given_up() -> None:
+    clock = Clock()
+    dispatcher = Dispatcher(SMALL, make_policy("clearfit", SMALL), clock, workers=1, max_queue=100)
+    asked, other = make_query(clock, 5, choice="e1"), make_query(clock, 6)
+    dispatcher.submit(asked)
+    dispatcher.submit(other)
+    clock.now_s += 0.002
+    batch = dispatcher.next_batch()
+    assert batch is not None
+    assert batch.queries == (other,)
+    assert isinstance(slot_of(asked).error, DeadlineExceeded)
+    assert dispatcher.counters == {"arrivals": 2, "given_up": 1}
+
+
+def with_ensembles() -> ProfileTable:
+    """Subnets a, b and c, and ensembles of all of them and of the first two."""
+    singles = [choice("a", 0.7), choice("b", 0.72), choice("c", 0.71, frontier=False)]
+    ensembles = [ensemble(("a", "b"), 0.75), ensemble(("a", "b", "c"), 0.8)]
+    latencies = {"a": in_ms(2, 3, 5), "b": in_ms(3, 4, 6), "a+b": in_ms(3, 4, 6), "a+b+c": in_ms(4, 5, 7)}
+    return build_table([*singles, *ensembles], SIZES, latencies)
+
+
+@pytest.mark.parametrize(
+    ("failed", "left", "accuracy"),
+    [(("c",), "a+b", 0.75), (("b",), "a+c", 0.71), (("a", "b"), "c", 0.71), ((), "a+b+c", 0.8)],
+)
+def test_what_members_that_failed_left_is_what_is_told(failed: tuple[str, ...], left: str, accuracy: float) -> None:
+    clock, table = Clock(), with_ensembles()
+    dispatcher = Dispatcher(table, make_policy("maxaccuracy", table), clock, workers=1, max_queue=100)
+    query = make_query(clock, 100)
+    dispatcher.submit(query)
+    batch = dispatcher.next_batch()
+    assert batch is not None
+    assert batch.entry.name == "a+b+c"
+    dispatcher.settle(batch, replace(serving.outputs_for(1, clock()), failed=failed))
+    answer = slot_of(query).answer
+    assert answer is not None
+    assert (answer.entry.name, answer.entry.accuracy, answer.degraded) == (left, accuracy, bool(failed))
+    dispatcher.deliver(query, answer)
+    assert dispatcher.counters == {"arrivals": 1, "in_time": 1}
+
+
+def test_a_floor_above_every_subnet_is_met_by_an_ensemble_or_refused_when_time_is_short() -> None:
+    clock, table = Clock(), with_ensembles()
+    dispatcher = Dispatcher(table, make_policy("clearfit", table), clock, workers=1, max_queue=100)
+    dispatcher.submit(make_query(clock, 100, min_accuracy=0.74))
+    batch = dispatcher.next_batch()
+    assert batch is not None
+    assert batch.entry.name in ("a+b", "a+b+c")
+    with pytest.raises(DeadlineExceeded):
+        dispatcher.submit(make_query(clock, 3.5, min_accuracy=0.76))
+
+
 def test_the_queue_is_full_when_inputs_take_more_bytes_than_they_may() -> None:
     clock = Clock()
     dispatcher = Dispatcher(
@@ -458,7 +548,7 @@ def test_one_like_another_that_was_turned_away_right_before_it_is_refused_withou
 
     def error_of(slo_s: float, min_accuracy: float, coming: int, delay_s: float = 0.0) -> DeadlineExceeded | None:
         try:
-            dispatcher.turn_away(clock(), slo_s, min_accuracy, 0, coming, delay_s)
+            dispatcher.turn_away(clock(), slo_s, min_accuracy, 0, coming=coming, delay_s=delay_s)
         except DeadlineExceeded as error:
             return error
         return None

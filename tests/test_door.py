@@ -16,12 +16,12 @@ from serving import Clock, FakeEngine, config_of, fake_engine, image_array, list
 from yarl import URL
 
 from superserve import SERVE, SuperServe, make_app
-from web.door import DOOR, LOOP_SHARE, Door, Visitor, whole_request
+from web.door import DOOR, LOOP_SHARE, Door, Visitor, head_of
 from web.errors import NotReady, QueueFull, ServeError
 from web.inputs import Limits, Parameters, parse_parameters
 
 PIXELS = image_array(0).tobytes()
-LIMITS = Limits(default_slo_s=0.1, longest_slo_s=60, best_accuracy=0.9, classes=5)
+LIMITS = Limits(default_slo_s=0.1, longest_slo_s=60, accuracies={"small": 0.7, "large": 0.9}, classes=5)
 
 
 def post(target: str = "/predict", *headers: str, body: bytes = PIXELS) -> bytes:
@@ -40,7 +40,7 @@ def post(target: str = "/predict", *headers: str, body: bytes = PIXELS) -> bytes
     ],
 )  # fmt: skip
 def test_a_request_in_one_piece_is_whole(data: bytes) -> None:
-    assert whole_request(data)
+    assert head_of(data)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_a_request_in_one_piece_is_whole(data: bytes) -> None:
     ],
 )  # fmt: skip
 def test_what_could_be_read_in_two_ways_is_not(data: bytes) -> None:
-    assert not whole_request(data)
+    assert not head_of(data)
 
 
 @dataclass
@@ -174,7 +174,7 @@ def test_more_heads_than_are_remembered_are_read_all_the_same() -> None:
     door = Door(host, host.count)
     for number in range(1, 1000):
         request = post(f"/predict?slo_ms={number}", "X-Long: " + "x" * (2000 if number % 2 else 1))
-        assert whole_request(request)
+        assert head_of(request)
         assert door.answer(request, "here") is not None
     assert [each.slo_s for each in host.asked] == [number / 1e3 for number in range(1, 1000)]
     assert len(door._known) <= 256
@@ -279,10 +279,10 @@ async def test_a_request_in_pieces_is_refused_by_the_handler_and_so_are_those_af
 
     def spy(data: bytes) -> bool:
         seen.append(data)
-        return whole_request(data)
+        return head_of(data)
 
     async with full(profile) as server:
-        monkeypatch.setattr("web.listen.whole_request", spy)
+        monkeypatch.setattr("web.listen.head_of", spy)
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
         whole = post()
         writer.write(whole[:70])

@@ -6,7 +6,7 @@ import asyncio
 import math
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,12 +23,16 @@ from engine import (
     DeviceLostError,
     Engine,
     EngineError,
-    Normaliser,
+    Outputs,
     PieceLimit,
     measure_latencies,
     noticing_loss,
 )
+from ensembles import MODES, EnsembleNetwork, StreamGroup, forced, one_after_another
+from inputbatches import Normaliser
+from profiletable import Ensemble
 from supernet import IllegalSubnetError
+from workers import HungError
 
 LARGEST, SMALLEST, UNCALIBRATED = SPACE.largest.name, SPACE.smallest.name, "d1-2-1-e0.5"
 Input = NDArray[Any]
@@ -292,6 +296,200 @@ def test_a_lost_device_has_an_error_of_its_own() -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
     with pytest.raises(IndexError), noticing_loss():
         raise IndexError("CUDA error")
+
+
+# ------------------------------------------------------------------------------------------------------------ ensembles
+
+PAIR = Ensemble(members=(SMALLEST, LARGEST), combination="mean", weights=(0.25, 0.75))
+TRIPLE = Ensemble(members=(UNCALIBRATED, SMALLEST, LARGEST), combination="vote", weights=(0.3, 0.3, 0.4))
+
+
+@pytest.fixture(scope="module")
+def together() -> Iterator[Engine]:
+    """An engine with two ensembles."""
+    engine = Engine(tiny_servable(), "cpu", ensembles=[PAIR, TRIPLE])
+    yield engine
+    engine.close()
+
+
+def combined(engine: Engine, ensemble: Ensemble, inputs: Sequence[Input]) -> Input:
+    """What an ensemble answers, by the definition in profiletable.py."""
+    rows = [expected(engine, member, inputs) for member in ensemble.members]
+    if ensemble.combination == "vote":
+        rows = [np.eye(5, dtype=np.float32)[each.argmax(1)] for each in rows]
+    return np.average(rows, 0, ensemble.weights)
+
+
+@pytest.mark.parametrize("ensemble", [PAIR, TRIPLE], ids=["pair", "triple"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("count", [1, 5, 40])  # the last in chunks
+async def test_an_ensemble_answers_as_its_members_together(
+    together: Engine, ensemble: Ensemble, mode: str, count: int
+) -> None:
+    inputs = pixels(count)
+    outputs = await together.run(forced(ensemble.name, mode), inputs)
+    np.testing.assert_allclose(outputs.probabilities, combined(together, ensemble, inputs), atol=1e-5)
+    assert (outputs.failed, outputs.probabilities.dtype) == ((), np.float32)
+
+
+async def test_members_are_held_as_the_single_subnets_they_are() -> None:
+    engine = Engine(tiny_servable(), "cpu", ensembles=[PAIR, TRIPLE])
+    assert engine.executables is not None
+    await engine.prepare([LARGEST, PAIR.name, TRIPLE.name])
+    assert set(engine.held.subnets) == {LARGEST, SMALLEST, UNCALIBRATED}
+    before = engine.held
+    steps: list[None] = []
+    await engine.warm_up([PAIR.name, TRIPLE.name], (1, 3), lambda: steps.append(None))
+    assert engine.held == before
+    assert len(steps) == 4
+    engine.close()
+
+
+class FailingMember:
+    """Faults that change what one member of an ensemble computes, and note who computed on which thread."""
+
+    def __init__(self, name: str, change: Callable[[Tensor], Tensor]) -> None:
+        self.name, self.change = name, change
+        self.threads: dict[str, set[int]] = {}
+
+    def __call__(self, name: str, network: Network) -> Network:
+        def compute(x: Tensor) -> Tensor:
+            self.threads.setdefault(name, set()).add(threading.get_ident())
+            return self.change(network(x)) if name == self.name else network(x)
+
+        return compute
+
+
+def raising(error: Exception) -> Callable[[Tensor], Tensor]:
+    def change(logits: Tensor) -> Tensor:
+        raise error
+
+    return change
+
+
+@pytest.fixture
+def faulty(together: Engine) -> Iterator[Callable[[str, Callable[[Tensor], Tensor]], FailingMember]]:
+    """Makes a member of the engine's ensembles fail until the test ends."""
+
+    def install(name: str, change: Callable[[Tensor], Tensor]) -> FailingMember:
+        together.faults = FailingMember(name, change)
+        return together.faults
+
+    yield install
+    together.faults = None
+
+
+Install = Callable[[str, Callable[[Tensor], Tensor]], FailingMember]
+
+
+@pytest.mark.parametrize("change", [raising(LookupError("broken")), lambda logits: logits * torch.nan])
+@pytest.mark.parametrize("mode", MODES)
+async def test_the_rest_of_an_ensemble_answers_when_a_member_fails(
+    together: Engine, faulty: Install, mode: str, change: Callable[[Tensor], Tensor]
+) -> None:
+    faults, inputs = faulty(SMALLEST, change), pixels(20)
+    outputs = await together.run(forced(PAIR.name, mode), inputs)
+    np.testing.assert_allclose(outputs.probabilities, expected(together, LARGEST, inputs), atol=1e-5)
+    assert outputs.failed == (SMALLEST,)
+    assert set(faults.threads) == {SMALLEST, LARGEST}, "each by its own name, and the ensemble by none"
+    together.faults = None
+    assert (await together.run(PAIR.name, inputs)).failed == ()
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_what_the_device_says_through_a_member_reaches_the_worker(
+    together: Engine, faulty: Install, mode: str
+) -> None:
+    engine = Engine(tiny_servable(), "cpu", ensembles=[PAIR])
+    lost = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    engine.faults = FailingMember(SMALLEST, raising(lost))
+    with pytest.raises(DeviceLostError):
+        await engine.run(forced(PAIR.name, mode), pixels(2))
+    assert engine.lost is not None
+    engine.close()
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_an_ensemble_that_runs_out_of_memory_is_computed_in_pieces(mode: str) -> None:
+    engine = Engine(tiny_servable(), "cpu", ensembles=[PAIR])
+    sizes: list[int] = []
+
+    def short(logits: Tensor) -> Tensor:
+        sizes.append(len(logits))
+        if len(logits) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return logits
+
+    engine.faults = FailingMember(LARGEST, short)
+    outputs = await engine.run(forced(PAIR.name, mode), pixels(9))
+    np.testing.assert_allclose(outputs.probabilities, combined(engine, PAIR, pixels(9)), atol=1e-5)
+    assert (outputs.failed, sizes) == ((), [9, 4, 4, 1])
+    engine.close()
+
+
+async def test_the_plan_decides_who_computes(together: Engine, faulty: Install) -> None:
+    faults = faulty("", lambda logits: logits)
+    meeting = threading.Barrier(2, timeout=30)
+    together.plan(PAIR.name, ("parallel", "serial", "parallel"))
+    await together.run(PAIR.name, pixels(1))
+    (alone,) = set.union(*faults.threads.values())
+    faults.threads.clear()
+    faulty("", lambda logits: logits)
+    together.faults = lambda _, network: lambda x: network(x) if meeting.wait() >= 0 else x
+    await together.run(PAIR.name, pixels(2))  # would wait for ever, did both not run at the same time
+    assert alone != threading.get_ident()
+
+
+async def test_an_impossible_plan_is_an_engine_error(together: Engine) -> None:
+    with pytest.raises(EngineError, match="must be parallel or serial"):
+        together.plan(PAIR.name, ("quick",))
+    with pytest.raises(EngineError, match=f"no ensemble '{LARGEST}'"):
+        together.plan(LARGEST, ("serial",))
+
+
+async def test_both_modes_are_measured_by_their_names(together: Engine) -> None:
+    names = [LARGEST, forced(PAIR.name, "parallel"), forced(PAIR.name, "serial")]
+    samples = await measure_latencies(together, names, (1, 3), 2, lambda: None)
+    assert list(samples) == names
+    assert all(len(each) == 2 and min(each) > 0 for sizes in samples.values() for each in sizes)
+
+
+async def test_an_unknown_member_fails_its_batch_only() -> None:
+    unknown = Ensemble(members=(LARGEST, "d9-9-9-e1"), combination="mean", weights=(0.5, 0.5))
+    engine = Engine(tiny_servable(), "cpu", ensembles=[unknown])
+    with pytest.raises(IllegalSubnetError):
+        await engine.run(unknown.name, pixels(1))
+    with pytest.raises(IllegalSubnetError):
+        await engine.prepare([unknown.name])
+    assert (await engine.run(LARGEST, pixels(1))).failed == ()
+    engine.close()
+
+
+async def test_closing_ends_the_threads_of_ensembles_too() -> None:
+    before = set(threading.enumerate())
+    engine = Engine(tiny_servable(), "cpu", workers=2, ensembles=[PAIR])
+    await asyncio.gather(*(engine.run(forced(PAIR.name, "parallel"), pixels(2)) for _ in range(4)))
+    assert any(thread.name == "member" for thread in set(threading.enumerate()) - before)
+    engine.close()
+    assert set(threading.enumerate()) <= before
+
+
+async def test_a_member_that_hangs_costs_its_worker_and_the_next_one_computes() -> None:
+    engine, released = Engine(tiny_servable(), "cpu", ensembles=[PAIR]), threading.Event()
+
+    def hang(logits: Tensor) -> Tensor:
+        released.wait()
+        return logits
+
+    engine.faults = FailingMember(SMALLEST, hang)
+    with pytest.raises(HungError) as hung:
+        await engine.run(forced(PAIR.name, "parallel"), pixels(1), limit_s=0.05)
+    assert hung.value.replaced
+    engine.faults = None
+    outputs = await engine.run(forced(PAIR.name, "parallel"), pixels(3))
+    np.testing.assert_allclose(outputs.probabilities, combined(engine, PAIR, pixels(3)), atol=1e-5)
+    engine.close()
+    released.set()
 
 
 # ---------------------------------------------------------------------------------------------------------------- CUDA
@@ -583,3 +781,58 @@ def test_a_lost_gpu_is_told_apart(worker: CudaWorker, captured: Engine) -> None:
     error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
     with pytest.raises(DeviceLostError, match="an illegal memory access"):
         worker.compute(FakeFailure(captured.actuate(LARGEST), error), pixels(2))
+
+
+# ---------------------------------------------------------------------------------------------------- ensembles on CUDA
+
+
+@pytest.fixture
+def streams(exact_cuda: None) -> Iterator[Engine]:
+    """An engine with two workers that holds two ensembles captured, in both modes."""
+    engine = Engine(tiny_servable(), "cuda", workers=2, ensembles=[PAIR, TRIPLE])
+    asyncio.run(engine.prepare([SMALLEST, PAIR.name, TRIPLE.name]))
+    yield engine
+    engine.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("size", [1, 3, 16, 64, 70])
+def test_captured_ensembles_answer_as_their_members_together(
+    streams: Engine, engine: Engine, mode: str, size: int
+) -> None:
+    for ensemble in (PAIR, TRIPLE):
+        name, batch = forced(ensemble.name, mode), pixels(size, seed=size)
+        wanted = combined(engine, ensemble, batch)
+        for found in computed(streams, name, *[batch] * 4):
+            assert ensemble.combination == "vote" or np.allclose(found, wanted, atol=1e-3)
+            assert found.shape == wanted.shape
+    assert Pair(forced(PAIR.name, mode), 64) in streams.held.pairs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", MODES)
+def test_a_member_that_fails_on_a_gpu_is_left_out(streams: Engine, engine: Engine, mode: str) -> None:
+    async def run() -> Outputs:
+        return await streams.run(forced(PAIR.name, mode), pixels(5))
+
+    for change in (raising(LookupError("broken")), lambda logits: logits * torch.nan):
+        streams.faults = FailingMember(SMALLEST, change)
+        outputs = asyncio.run(run())
+        same([outputs.probabilities], [expected(engine, LARGEST, pixels(5))])
+        assert outputs.failed == (SMALLEST,)
+    streams.faults = None
+    assert asyncio.run(run()).failed == ()
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_tells_who_was_not_finite(worker: CudaWorker, captured: Engine, engine: Engine) -> None:
+    def nowhere_finite(x: Tensor) -> Tensor:
+        return captured.actuate(SMALLEST)(x) * torch.nan
+
+    for group in (one_after_another, StreamGroup(captured._device, 1)):
+        network = EnsembleNetwork(PAIR, [nowhere_finite, captured.actuate(LARGEST)], group, captured._device)
+        worker.capture({"degraded": network})
+        assert worker.graphs.find(network, 4) is not None
+        same([worker.compute(network, pixels(4))], [expected(engine, LARGEST, pixels(4))])
+        assert network.take_failed() == (SMALLEST,)

@@ -224,7 +224,7 @@ BAD: dict[str, tuple[str, str, bytes, dict[str, str], int, str]] = {
     "slo empty": ("POST", "/predict?slo_ms=", PIXELS.tobytes(), RAW, 400, "slo_ms must be a number"),
     "slo in a header": ("POST", "/predict", PIXELS.tobytes(), RAW | {"X-SLO-Ms": "soon"}, 400, "not 'soon'"),
     "slo that cannot be met": ("POST", "/predict?slo_ms=0.5", PIXELS.tobytes(), RAW, 504, "cannot be met"),
-    "unknown parameter": ("POST", "/predict?slo=5", PIXELS.tobytes(), RAW, 400, "'slo'; known: min_accuracy"),
+    "unknown parameter": ("POST", "/predict?slo=5", PIXELS.tobytes(), RAW, 400, "'slo'; known: members"),
     "floor too high": ("POST", "/predict?min_accuracy=0.95", PIXELS.tobytes(), RAW, 400, "min_accuracy 0.95"),
     "empty body": ("POST", "/predict", b"", {}, 400, "empty body"),
     "damaged gzip": ("POST", "/predict", b"no gzip", RAW | {"Content-Encoding": "gzip"}, 400, "cannot be read: .*gzip"),

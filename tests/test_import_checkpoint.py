@@ -144,7 +144,7 @@ def test_bert_is_read_from_both_forms_of_file_and_sizes_from_shapes(
         write_safetensors(path, tensors)
     labels, vocabulary = tmp_path / "config.json", tmp_path / "vocab.txt"
     labels.write_text(json.dumps({"id2label": {"0": "no", "1": "yes", "2": "maybe"}}))
-    vocabulary.write_text("".join(f"word{number}\n" for number in range(30)))
+    vocabulary.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n" + "".join(f"word{number}\n" for number in range(26)))
     out = tmp_path / "out"
     import_checkpoint.main(
         [str(path), "--out", str(out), "--labels", str(labels), "--heads", "4", "--tokenizer", str(vocabulary)]

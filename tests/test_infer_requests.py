@@ -11,7 +11,8 @@ import pytest
 from serving import image_file
 
 from web.errors import DeadlineExceeded, TooLarge
-from web.infer_requests import ModelForm, Reading, read_infer_request
+from web.infer_reading import Reading
+from web.infer_requests import ModelForm, read_infer_request
 
 
 @dataclass(frozen=True)

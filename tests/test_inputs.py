@@ -311,7 +311,7 @@ def test_json_planes_are_finite(value: float) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- parameters
 
-LIMITS = Limits(default_slo_s=0.1, longest_slo_s=60, best_accuracy=0.9, classes=5)
+LIMITS = Limits(default_slo_s=0.1, longest_slo_s=60, accuracies={"small": 0.7, "large": 0.9}, classes=5)
 
 
 def parsed(query: dict[str, str] | None = None, **headers: str) -> Parameters:
@@ -339,6 +339,33 @@ def test_all_parameters_have_a_header() -> None:
     )
 
 
+TRIO = Limits(default_slo_s=0.1, longest_slo_s=60, accuracies={"a": 0.7, "b": 0.8, "a+b": 0.9}, classes=5)
+
+
+@pytest.mark.parametrize("text", ["a+b", "b+a", "a,b", "b a", " a , b "])  # + is a blank in a query string
+def test_members_name_an_ensemble_in_any_order(text: str) -> None:
+    assert parse_parameters({"members": text}, {}, TRIO).choice == "a+b"
+    assert parse_parameters({}, {"X-Members": text}, TRIO).choice == "a+b"
+
+
+def test_one_member_names_a_subnet_and_none_leaves_the_choice_to_the_policy() -> None:
+    assert parse_parameters({"members": "b"}, {}, TRIO).choice == "b"
+    assert parse_parameters({"slo_ms": "5"}, {}, TRIO).choice is None
+
+
+@pytest.mark.parametrize("text", ["", "c", "a+c", "a+b+c", "+", "a++b+d"])
+def test_members_that_are_no_choice_are_refused_with_those_there_are(text: str) -> None:
+    with pytest.raises(BadRequest, match=r"^members '.*' are no choice; there are: a, b, a\+b$"):
+        parse_parameters({"members": text}, {}, TRIO)
+
+
+def test_a_floor_above_the_members_asked_for_is_refused() -> None:
+    with pytest.raises(BadRequest, match="min_accuracy 0.75 is above that of a, 0.7000"):
+        parse_parameters({"members": "a", "min_accuracy": "0.75"}, {}, TRIO)
+    with pytest.raises(BadRequest, match="min_accuracy 0.95 is above the most accurate choice, 0.9000"):
+        parse_parameters({"min_accuracy": "0.95"}, {}, TRIO)
+
+
 @pytest.mark.parametrize("text", ["nan", "inf", "-inf", "0", "-5", "1e9", "-0.0", "abc", "", "5ms", "0x10"])
 def test_an_slo_that_cannot_be_is_refused_by_name(text: str) -> None:
     for refused in ({"query": {"slo_ms": text}}, {"slo": text}, {"envoy": text}):
@@ -360,7 +387,7 @@ def test_values_out_of_range_are_refused_by_name(name: str, text: str) -> None:
 
 
 def test_an_unknown_parameter_is_told_the_known_ones() -> None:
-    with pytest.raises(BadRequest, match="unknown parameter 'slo'; known: min_accuracy, priority, slo_ms, top_k"):
+    with pytest.raises(BadRequest, match="unknown parameter 'slo'; known: members, min_accuracy, priority, slo_ms, top_k"):
         parsed({"slo": "50"})
 
 

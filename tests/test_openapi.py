@@ -97,14 +97,19 @@ async def test_the_figures_of_the_live_page_are_those_described(
 
 @pytest.mark.slow
 def test_schemathesis_finds_nothing_that_the_document_does_not_say(profile: Path, tmp_path: Path) -> None:
+    with Served(profile) as served:
+        finished = schemathesis_of(served.url, tmp_path)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert re.search(r"\b(\d{3,}) generated, \1 passed", finished.stdout), finished.stdout
+
+
+def schemathesis_of(url: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """What it finds about the server at this URL."""
     tool = shutil.which("schemathesis", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     assert tool is not None, "requirements-dev.txt has it"
     here = Path(__file__).parent
-    with Served(profile) as served:
-        finished = subprocess.run(
-            [tool, "--config-file", str(here / "schemathesis.toml"), "run", f"{served.url}/openapi.json", "--no-color"],
-            env={**os.environ, "SCHEMATHESIS_HOOKS": "schemathesis_hooks", "PYTHONPATH": str(here)},
-            cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
-        )  # fmt: skip
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert re.search(r"\b(\d{3,}) generated, \1 passed", finished.stdout), finished.stdout
+    return subprocess.run(
+        [tool, "--config-file", str(here / "schemathesis.toml"), "run", f"{url}/openapi.json", "--no-color"],
+        env={**os.environ, "SCHEMATHESIS_HOOKS": "schemathesis_hooks", "PYTHONPATH": str(here)},
+        cwd=folder, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip

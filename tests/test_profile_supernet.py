@@ -126,6 +126,30 @@ def test_latencies_can_be_measured_alone(profile: Path, tmp_path: Path) -> None:
     assert len(list(folder.glob("latency-cpu-*.json"))) == 1
 
 
+@pytest.mark.slow
+def test_ensembles_alone_leave_the_subnets_as_they_are(profile: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "together"
+    shutil.copytree(profile, folder)
+    for _ in range(2):
+        profile_supernet.main(arguments(folder, "--ensembles-only"))
+    before, after = map(slackfit.load_choices, (profile, folder))
+    assert after[: len(before)] == before
+    servable, data = load_servable(folder), digits()
+    engine = Engine(servable, "cpu", ensembles=[each.ensemble for each in after if each.ensemble])
+    for each in after[len(before) :]:
+        assert each.kind == "ensemble"
+        assert each.accuracy_samples == len(data.validation) // 2
+        rows = engine._compute(each.name, list(data.test.images), engine._make_worker()).probabilities
+        assert each.test_accuracy == pytest.approx((rows.argmax(1) == data.test.labels).mean(), abs=0.004)
+    table = slackfit.load_latencies(folder / device_of(engine).file_name, after, device_of(engine))
+    assert all(len(entry.modes) == 65 for entry in table.entries if entry.choice.ensemble)
+    engine.close()
+
+
+def device_of(engine: Engine) -> slackfit.Device:
+    return slackfit.Device(**asdict(engine.facts))
+
+
 # ------------------------------------------------------------------------------------------------------------- search
 
 

@@ -438,3 +438,77 @@ def test_the_file_name_of_a_device_is_safe_and_leaves_out_the_torch_version() ->
     assert DEVICE.file_name == "latency-cpu-amd-epyc-7r13-2-cores-t1-w2-float32.json"
     assert replace(DEVICE, torch="3.0").file_name == DEVICE.file_name
     assert replace(DEVICE, name="../../etc/passwd").file_name == "latency-cpu-etc-passwd-t1-w2-float32.json"
+
+
+# ------------------------------------------------------------------------------------------------- modes of ensembles
+
+BOTH: dict[str, Any] = {
+    "mode": ["parallel", "parallel", "serial"], "parallel_p50_ms": [2, 3, 9], "serial_p50_ms": [4, 6, 8],
+    "p50_ms": [2, 3, 8], "p99_ms": [5, 6, 9],
+}  # fmt: skip
+
+
+def read_with_ensemble(folder: Path, row: object, name: str = "a+b") -> ProfileTable:
+    read_choices(folder, json.dumps({**CHOICES, "choices": [*CHOICES["choices"], ENSEMBLE]}))
+    latencies = {**LATENCIES["latencies"], name: row}
+    (folder / DEVICE.file_name).write_text(json.dumps({**LATENCIES, "latencies": latencies}))
+    return load_latencies(folder / DEVICE.file_name, load_choices(folder), DEVICE)
+
+
+def test_an_ensemble_runs_at_each_batch_size_in_the_mode_that_was_faster(tmp_path: Path) -> None:
+    entry = read_with_ensemble(tmp_path, BOTH).by_name("a+b")
+    assert entry.modes == ("parallel", "parallel", "parallel", "serial", "serial")  # by batch size, 0 to 4
+    assert len(entry.modes) == len(entry.latency_s)
+    assert entry.latency_s == pytest.approx((0, 0.005, 0.006, 0.0075, 0.009))
+
+
+def test_modes_are_written_as_they_were_read(tmp_path: Path) -> None:
+    table = read_with_ensemble(tmp_path, BOTH)
+    measured = {entry.name: entry.measured for entry in table.entries if entry.measured}
+    assert list(measured) == ["a+b"]
+    save_latencies(tmp_path / "again.json", DEVICE, (1, 2, 4), {"a": in_ms(1, 2, 3), **measured})
+    rows = json.loads((tmp_path / "again.json").read_text())["latencies"]
+    assert rows["a+b"] == BOTH
+    assert set(rows["a"]) == {"p50_ms", "p99_ms"}
+
+
+def test_an_ensemble_that_was_measured_in_one_way_only_has_no_modes(tmp_path: Path) -> None:
+    entry = read_with_ensemble(tmp_path, {"p50_ms": [4, 6, 8], "p99_ms": [5, 6, 9]}).by_name("a+b")
+    assert (entry.modes, entry.measured) == ((), None)
+
+
+def test_the_table_document_says_how_ensembles_run_and_why(tmp_path: Path) -> None:
+    table = read_with_ensemble(tmp_path, BOTH)
+    none = {entry.name: 1.0 for entry in table.entries}
+    entries = {entry["name"]: entry for entry in table_document(table, none, 1.0)["entries"]}  # type: ignore[attr-defined]
+    assert "mode" not in entries["a"]
+    assert entries["a+b"]["mode"] == ["parallel", "parallel", "serial"]
+    assert entries["a+b"]["why"] == (
+        "parallel is 2.00 times as fast as serial at batch size 1: members run at the same time; "
+        "serial is faster at batch size 4: one member fills the device"
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["mode"], MISSING, "latencies.a+b.mode: missing"),
+        (["serial_p50_ms"], MISSING, "latencies.a+b.serial_p50_ms: missing"),
+        (["mode", 0], "fast", "latencies.a+b.mode: must be parallel or serial, not 'fast'"),
+        (["mode"], ["parallel", "serial"], "latencies.a+b.mode: 2 modes for 3 batch sizes"),
+        (["mode", 0], "serial", "latencies.a+b.mode: serial at batch size 1, where parallel is faster"),
+        (["mode", 2], "parallel", "latencies.a+b.mode: parallel at batch size 4, where serial is faster"),
+        (["parallel_p50_ms"], [2, 3], "latencies.a+b.parallel_p50_ms: 2 numbers for 3 batch sizes"),
+        (["serial_p50_ms"], [4, 6, 1], "latencies.a+b.serial_p50_ms: falls from 6 to 1 at batch size 4"),
+        (["parallel_p50_ms", 0], 0, "latencies.a+b.parallel_p50_ms: must be positive"),
+        (["parallel_p50_ms", 0], "2", "latencies.a+b.parallel_p50_ms: must be a number"),
+    ],
+)
+def test_impossible_modes_are_refused(tmp_path: Path, path: list[str | int], value: object, message: str) -> None:
+    with pytest.raises(ProfileError, match=re.escape(message)):
+        read_with_ensemble(tmp_path, json.loads(edited(BOTH, path, value)))
+
+
+def test_a_subnet_has_no_modes(tmp_path: Path) -> None:
+    with pytest.raises(ProfileError, match=re.escape("latencies.c.mode: only ensembles have modes")):
+        read_with_ensemble(tmp_path, BOTH, name="c")

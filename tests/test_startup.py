@@ -4,17 +4,19 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import serving
-from conftest import choice
+from conftest import choice, in_ms
 from serving import LARGE, SMALL, config_of, latencies
 
 import slackfit
 import startup
 import superserve
 from config import Config
+from profiletable import Ensemble
 from servable import load_servable
 from slackfit import DeviceMismatch, Latencies, PolicyError
 from startup import Finding, TableFile, check, check_policy
@@ -181,3 +183,59 @@ def test_the_command_checks_and_exits(profile: Path, capsys: pytest.CaptureFixtu
             superserve.main(["--check", "--profile", str(profile), "--device", "cpu", "--threads", "1", *arguments])
         assert exit.value.code == code
         assert capsys.readouterr().out.startswith(line)
+
+
+# ------------------------------------------------------------------------------------------------------------ ensembles
+
+PAIR = Ensemble(members=(SMALL, LARGE), combination="mean", weights=(0.5, 0.5))
+
+
+def with_ensemble(*, frontier: bool = True) -> list[slackfit.Choice]:
+    """The choices of the tiny servable, and an ensemble of them."""
+    both = replace(choice(PAIR.name, 0.95, frontier=frontier), kind="ensemble", ensemble=PAIR)
+    return [*serving.choices(), both]
+
+
+async def test_ensembles_are_measured_in_both_modes_and_run_in_the_faster(profile: Path) -> None:
+    choices = with_ensemble()
+    engine = startup.start_engine(config_of(profile), load_servable(profile), choices)
+    measured = await startup.profile_latencies(engine, [each.name for each in choices], 2)
+    assert list(measured) == [SMALL, LARGE, PAIR.name]
+    both = measured[PAIR.name]
+    assert (measured[SMALL].modes, len(both.modes)) == ((), len(startup.PROFILED_BATCH_SIZES))
+    assert both.p50_s == tuple(map(min, zip(both.parallel_p50_s, both.serial_p50_s, strict=True)))
+    table = slackfit.build_table(choices, startup.PROFILED_BATCH_SIZES, measured)
+    startup.plan_ensembles(engine, table)
+    entry = table.by_name(PAIR.name)
+    assert [engine.ensembles.mode(PAIR.name, size) for size in startup.PROFILED_BATCH_SIZES] == list(both.modes)
+    assert [engine.ensembles.mode(PAIR.name, size) for size in range(1, 65)] == list(entry.modes[1:])
+    engine.close()
+
+
+def test_of_both_modes_the_lower_median_counts_by_batch_size() -> None:
+    parallel, serial = in_ms(2, 3, 9), in_ms(4, 3, 8)
+    parallel, serial = replace(parallel, p99_s=(0.005, 0.030, 0.040)), replace(serial, p99_s=(0.001, 0.002, 0.020))
+    both = startup.faster_of(parallel, serial)
+    assert both.modes == ("parallel", "parallel", "serial")
+    assert both.p50_s == (0.002, 0.003, 0.008)
+    assert both.p99_s == (0.005, 0.030, 0.030), "a larger batch takes no less time"
+
+
+def test_members_of_ensembles_on_the_frontier_need_statistics(profile: Path) -> None:
+    servable = load_servable(profile)
+    unknown = Ensemble(members=(SMALL, "d1-1-1-e1"), combination="mean", weights=(0.5, 0.5))
+    choices = [replace(each, frontier=False) for each in serving.choices()]
+    pair = replace(choice(unknown.name, 0.9), kind="ensemble", ensemble=unknown)
+    with pytest.raises(slackfit.ProfileError, match=r"choices\.json: d1-1-1-e1 has no statistics in norms\.npz"):
+        startup.check_statistics(profile, [*choices, pair], servable)
+    startup.check_statistics(profile, [*choices, replace(pair, frontier=False)], servable)
+    startup.check_statistics(profile, with_ensemble(), servable)
+
+
+def test_a_profile_with_an_ensemble_is_checked_as_it_is_served(own: Path) -> None:
+    slackfit.save_choices(own, with_ensemble())
+    (finding,) = check(config_of(own))
+    assert "missing, but the choice is on the frontier" in finding.text
+    slackfit.save_choices(own, with_ensemble(frontier=False))
+    (finding,) = check(config_of(own))
+    assert finding.level == "ok"

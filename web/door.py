@@ -42,8 +42,10 @@ _FRAMING = re.compile(rb"\n(?:transfer-encoding|expect|upgrade|connection:(?! *k
 _LENGTH = re.compile(rb"\ncontent-length: *([0-9]{1,12}) *\r")
 _QUERY = re.compile(r"[a-z_]+=[0-9.]+(?:&[a-z_]+=[0-9.]+)*")
 _HEADER = re.compile(rb"\n(x-[a-z-]+|origin): *([^\r]*?) *\r")
+_CONTENT_TYPE = re.compile(rb"\ncontent-type: *([a-z0-9]+/[a-z0-9.+-]+) *\r")
 _NAMES = {
     b"x-slo-ms": "X-SLO-Ms", b"x-min-accuracy": "X-Min-Accuracy", b"x-priority": "X-Priority", b"x-top-k": "X-Top-K",
+    b"x-members": "X-Members",
     b"x-envoy-expected-rq-timeout-ms": "X-Envoy-Expected-Rq-Timeout-Ms",
 }  # fmt: skip
 
@@ -59,6 +61,14 @@ class Host(Protocol):
     def turn_away(  # noqa: D102
         self, arrival_s: float, parameters: Parameters, coming: int = 0, delay_s: float = 0.0
     ) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a head asks for; the type of its body is None where the body is not to be taken as it is."""
+
+    parameters: Parameters
+    content_type: str | None
 
 
 @dataclass(slots=True)
@@ -77,13 +87,13 @@ class Door:
 
     def __init__(self, host: Host, count: Callable[[str, int], object], *, keyed: bool = False) -> None:
         self._host, self._count, self.keyed = host, count, keyed
-        self._known: dict[bytes, Parameters | None] = {}
+        self._known: dict[bytes, Asked | None] = {}
         self._told: tuple[ServeError | None, bytes] = (None, b"")  # the latest error, and the answer that tells of it
         self._inside: dict[object, Visitor] = {}  # by connection, those let in who are not in the queue yet
         self._left_s = self._each_s = 0.0  # when the last of them left, and how long each takes
 
     def answer(self, data: bytes, connection: object) -> bytes | None:
-        """The whole answer to a request that is refused; None for all others. ``data`` is one ``whole_request``."""
+        """The whole answer to a request that is refused; None for all others. ``data`` is a whole one (``head_of``)."""
         if not data.startswith(STARTS):
             return None
         self._inside.pop(connection, None)
@@ -114,9 +124,10 @@ class Door:
     def _refusal(self, data: bytes, visitor: Visitor) -> ServeError | None:
         coming = len(self._inside)
         try:
-            parameters = self._parameters(data[: data.index(END) + 4])
-            if parameters is not None:
-                self._host.turn_away(visitor.arrival_s, parameters, coming, coming * self._each_s / LOOP_SHARE)
+            asked = self.asked(data[: data.index(END) + 4])
+            if asked is not None:
+                delay_s = coming * self._each_s / LOOP_SHARE
+                self._host.turn_away(visitor.arrival_s, asked.parameters, coming, delay_s)
                 visitor.accepted = True
         except NotReady:
             return None
@@ -124,7 +135,7 @@ class Door:
             return error
         return None
 
-    def _parameters(self, head: bytes) -> Parameters | None:
+    def asked(self, head: bytes) -> Asked | None:
         """What the request asks for; None where that is for a handler to judge. Raises NotReady."""
         if head in self._known:
             return self._known[head]
@@ -139,11 +150,11 @@ class Door:
 DOOR = web.AppKey("door", Door)
 
 
-def whole_request(data: bytes) -> bool:
-    """Whether this is one request from its first byte to its last, and beyond doubt."""
+def head_of(data: bytes) -> bytes | None:
+    """The head, if this is one request from its first byte to its last, and beyond doubt."""
     head = data[: data.find(END) + 4]
     length = _known_length(head) if len(head) <= REMEMBERED_BYTES else _length(head)
-    return length is not None and len(head) + length == len(data)
+    return head if length is not None and len(head) + length == len(data) else None
 
 
 def _length(head: bytes) -> int | None:
@@ -160,18 +171,29 @@ def _length(head: bytes) -> int | None:
 _known_length = lru_cache(REMEMBERED)(_length)
 
 
-def _asked(head: bytes, limits: Limits) -> Parameters | None:
+def _asked(head: bytes, limits: Limits) -> Asked | None:
     path, _, query = head[5 : head.index(b" ", 5)].decode("ascii").partition("?")
     if path != PATH or (query and _QUERY.fullmatch(query) is None):
         return None
     given = [part.split("=") for part in query.split("&")] if query else []
-    headers = _headers(head.lower())
+    lines = head.lower()
+    headers = _headers(lines)
     if headers is None or len({name for name, _ in given}) != len(given):
         return None
     try:
-        return parse_parameters(dict(given), headers, limits)
+        return Asked(parse_parameters(dict(given), headers, limits), _content_type(lines))
     except ServeError:
         return None
+
+
+def _content_type(lines: bytes) -> str | None:
+    """As aiohttp reads it, where there is nothing to be read into it, and the body is not encoded."""
+    if b"\ncontent-encoding:" in lines:
+        return None
+    if b"\ncontent-type:" not in lines:
+        return "application/octet-stream"
+    found = _CONTENT_TYPE.findall(lines)
+    return found[0].decode("ascii") if len(found) == lines.count(b"\ncontent-type:") == 1 else None
 
 
 def _headers(lines: bytes) -> Mapping[str, str] | None:

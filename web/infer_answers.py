@@ -96,6 +96,7 @@ def reply_parameters(replies: Sequence[Reply]) -> dict[str, str | float | bool]:
         "latency_ms": round(max(reply.latency_s for reply in replies) * 1e3, 3),
         "queue_ms": round(max(reply.queue_s for reply in replies) * 1e3, 3),
         "deadline_met": all(reply.deadline_met for reply in replies),
+        **({"degraded": True} if any(reply.degraded for reply in replies) else {}),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import struct
 import warnings
 from collections.abc import Mapping
@@ -69,6 +70,36 @@ class PixelBudget:
         self.left -= width * height
 
 
+@dataclass(frozen=True, slots=True)
+class ImageForm:
+    """What an image servable takes, and how requests are read; a TextForm (texts.py) does it for texts."""
+
+    shape: ImageShape
+    max_pixels: int
+
+    @property
+    def least_bytes(self) -> int:
+        """What any input takes, which is as pixels."""
+        return self.shape.height * self.shape.width * self.shape.channels
+
+    def check(self, value: object) -> NDArray[Any]:
+        """An array that is one input already; raises BadRequest for any other."""
+        return check_array(value, self.shape)
+
+    def decode_inline(self, body: bytes, content_type: str) -> NDArray[Any] | None:
+        """As ``decode``; None for what would take long."""
+        if len(body) > INLINE_BODY_BYTES:
+            return None
+        try:
+            return decode(body, content_type, self.shape, min(INLINE_PIXELS, self.max_pixels))
+        except TooLarge:
+            return None  # a small file can hold a large image, which is then looked at again
+
+    def decode(self, body: bytes, content_type: str) -> NDArray[Any]:
+        """The input in a body; raises as the function ``decode``."""
+        return decode(body, content_type, self.shape, self.max_pixels)
+
+
 # ---------------------------------------------------------------------------------------------------------- parameters
 
 
@@ -80,21 +111,35 @@ class Parameters:
     min_accuracy: float
     priority: int
     top_k: int
+    choice: str | None = None  # the subnet or ensemble that is to answer; left to the policy unless given
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What parameters may be, and what they are when not given."""
+    """What parameters may be, and what they are when not given; ``accuracies`` are those of all choices, by name."""
 
     default_slo_s: float
     longest_slo_s: float
-    best_accuracy: float
+    accuracies: Mapping[str, float]
     classes: int
     defaults: Parameters = field(init=False)
 
     def __post_init__(self) -> None:
         defaults = Parameters(slo_s=self.default_slo_s, min_accuracy=0.0, priority=0, top_k=1)
         object.__setattr__(self, "defaults", defaults)
+
+    @property
+    def best_accuracy(self) -> float:
+        """That of the most accurate choice."""
+        return max(self.accuracies.values())
+
+    def choice_of(self, members: str) -> str:
+        """The choice with these members, in any order, of a subnet only itself; BadRequest where there is none."""
+        wanted = set(re.split(r"[+,\s]+", members.strip()))
+        for name in self.accuracies:
+            if set(name.split("+")) == wanted:
+                return name
+        raise BadRequest(f"members '{members:.80}' are no choice; there are: {', '.join(self.accuracies)}")
 
 
 def parse_parameters(query: Mapping[str, str], headers: Mapping[str, str], limits: Limits) -> Parameters:
@@ -115,12 +160,16 @@ def parse_parameters(query: Mapping[str, str], headers: Mapping[str, str], limit
         raise BadRequest("slo_ms must be above 0")
     min_accuracy = number("min_accuracy", given["min_accuracy"], 0.0, 0, 1)
     if min_accuracy > limits.best_accuracy:
-        raise BadRequest(f"min_accuracy {min_accuracy:g} is above the most accurate subnet, {limits.best_accuracy:.4f}")
+        raise BadRequest(f"min_accuracy {min_accuracy:g} is above the most accurate choice, {limits.best_accuracy:.4f}")
+    choice = None if given["members"] is None else limits.choice_of(given["members"])
+    if choice is not None and limits.accuracies[choice] < min_accuracy:
+        raise BadRequest(f"min_accuracy {min_accuracy:g} is above that of {choice}, {limits.accuracies[choice]:.4f}")
     return Parameters(
         slo_s=slo_ms / 1e3,
         min_accuracy=min_accuracy,
         priority=whole_number("priority", given["priority"], 0, 0, 100),
         top_k=whole_number("top_k", given["top_k"], 1, 1, limits.classes),
+        choice=choice,
     )
 
 
@@ -129,6 +178,7 @@ _PARAMETERS = {
     "min_accuracy": "X-Min-Accuracy",
     "priority": "X-Priority",
     "top_k": "X-Top-K",
+    "members": "X-Members",
 }
 _ENVOY = "X-Envoy-Expected-Rq-Timeout-Ms"
 _HEADERS = (*_PARAMETERS.values(), _ENVOY)
@@ -234,7 +284,8 @@ def decode_image(body: bytes, shape: ImageShape, budget: PixelBudget) -> NDArray
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise TooLarge(f"{error} At most {budget.most} pixels are decoded.") from error
     except _DAMAGED as error:
-        raise BadRequest(f"the image cannot be decoded: {error}; known formats: {', '.join(IMAGE_FORMATS)}") from error
+        why = str(error).partition(" <")[0]  # Pillow quotes the buffer that it was given
+        raise BadRequest(f"the image cannot be decoded: {why}; known formats: {', '.join(IMAGE_FORMATS)}") from error
 
 
 def _resized(image: Image.Image, shape: ImageShape) -> NDArray[np.uint8]:

@@ -78,6 +78,13 @@ def as_pixels(array: NDArray[np.float64], what: str) -> NDArray[np.uint8]:
     return array.astype(np.uint8)
 
 
+def as_integers(array: NDArray[np.float64], what: str) -> NDArray[np.int64]:
+    """The numbers as int64; raises BadRequest for those that are none, or beyond ±2^31."""
+    if not ((np.abs(array) <= 2**31) & (array == np.floor(array))).all():
+        raise BadRequest(f"{what}: must be whole numbers of 32 bits")
+    return array.astype(np.int64)
+
+
 def as_float32(array: NDArray[np.float64]) -> NDArray[np.float32]:
     """The numbers as float32, those that are too large for it as infinite."""
     with np.errstate(over="ignore"):

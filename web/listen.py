@@ -1,6 +1,7 @@
 """The socket: how many connections there may be, and how long a client may take to send, to read, or to do nothing.
 
-aiohttp parses requests and answers them. What it leaves to others is done here, for each connection:
+aiohttp parses requests and answers them, but for those that door.py or lane.py can answer. What it leaves to others is
+done here, for each connection:
 
 * Connections beyond the limit get 503 and are closed; the limit leaves file descriptors for everything else.
 * A head that has begun must be complete ``header_timeout_s`` later; else the client gets 408. So must a TLS handshake.
@@ -36,8 +37,9 @@ from aiohttp.http_exceptions import (
 )
 from yarl import URL
 
-from web.door import DOOR, Door, whole_request
+from web.door import DOOR, STARTS, Door, head_of
 from web.errors import BadRequest, HeadTooLarge, ServeError, SlowRequest, TooManyConnections, error_response
+from web.lane import LANE, Lane, PendingReply
 
 log = logging.getLogger("superserve")
 
@@ -82,7 +84,9 @@ def answer_bytes(error: ServeError) -> bytes:
 class Connection(web.RequestHandler):
     """One connection that is served."""
 
-    __slots__ = ("_answer", "_body", "_ending", "_gate", "_head_timer", "_orderly", "_stall_timer", "met")
+    __slots__ = (
+        "_answer", "_body", "_ending", "_gate", "_head_timer", "_held", "_orderly", "_pending", "_stall_timer", "met",
+    )  # fmt: skip
 
     def __init__(self, gate: Gate) -> None:
         limits = gate.limits
@@ -104,6 +108,8 @@ class Connection(web.RequestHandler):
         self._stall_timer: asyncio.TimerHandle | None = None
         self._ending: asyncio.TimerHandle | None = None
         self._answer: bytes | None = None  # to a request that is refused, and not told so yet
+        self._pending: PendingReply | None = None  # the query of a request that went down the lane
+        self._held = b""  # what the client sent before it had the answer to that
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The client is there, and so is TLS."""
@@ -120,14 +126,20 @@ class Connection(web.RequestHandler):
         self._gate.forget(self)
         if self._gate.door is not None:
             self._gate.door.leave(self)
+        if self._pending is not None and self._gate.lane is not None:
+            self._gate.lane.give_up(self._pending)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """A request, or a part of one; a head that has begun is to be complete in time."""
+        if self._pending is not None:
+            self._hold(data)
+            return
         self.tell_refused()
         if self._orderly and data:  # aiohttp goes on with nothing, too, after a pause
-            self._orderly = whole_request(data)
-            if self._orderly and self._turned_away(data):
+            head = head_of(data)
+            self._orderly = head is not None
+            if head is not None and self._may_answer() and (self._turned_away(data) or self._taken(head, data)):
                 return
         super().data_received(data)
         if self._messages:
@@ -140,25 +152,64 @@ class Connection(web.RequestHandler):
             self._head_timer.cancel()
             self._head_timer = None
 
-    def _turned_away(self, data: bytes) -> bool:
-        """Whether this request was answered without aiohttp, which is then not to see it."""
+    def _may_answer(self) -> bool:
+        """Whether aiohttp has nothing to do with this connection, so that it need not see the next request."""
         idle = self._waiter is not None and not self._waiter.done()
         stopping = self._close or self._force_close or self.transport is None
-        if stopping or self._paused or not (idle or not self._request_count):
-            return False
+        return not stopping and not self._paused and (idle or not self._request_count)
+
+    def _turned_away(self, data: bytes) -> bool:
+        """Whether this request is refused at the door."""
         assert self._gate.door is not None, "orderly only where there is one"
         answer = self._gate.door.answer(data, self)
-        if answer is None or self.transport is None:
+        if answer is None:
             return False
         self._answer = answer
         self._gate.tell_later(self)
         return True
 
+    def _taken(self, head: bytes, data: bytes) -> bool:
+        """Whether this request went down the lane."""
+        if self._gate.lane is None or not head.startswith(STARTS):
+            return False
+        outcome = self._gate.lane.take(head, data[len(head) :], self)
+        if isinstance(outcome, bytes):
+            self.arrive(outcome)
+        else:
+            self._pending = outcome
+        return outcome is not None
+
+    def arrive(self, answer: bytes) -> None:
+        """Send the answer to a request that was on the lane, and go on with what came meanwhile."""
+        self._pending = None
+        if self.transport is not None:
+            self._stay()
+            self.transport.write(answer)
+            held, self._held = self._held, b""
+            if held:
+                self.transport.resume_reading()
+                self.data_received(held)
+
+    def _hold(self, data: bytes) -> None:
+        """Keep what a client sends before it has its answer; it is not to send much of that."""
+        if data and self.transport is not None:
+            self._held += data
+            self.transport.pause_reading()
+
+    def _stay(self) -> None:
+        """Have aiohttp leave the connection open, as if it had answered a request now."""
+        self._next_keepalive_close_time = self._loop.time() + self._gate.limits.idle_timeout_s
+
+    def _process_keepalive(self) -> None:
+        if self._pending is not None:  # it waits for its answer, of which aiohttp knows nothing
+            self._stay()
+        super()._process_keepalive()
+
     def tell_refused(self) -> None:
         """Send the answer to a request that is refused, if there is one to be told."""
         answer, self._answer = self._answer, None
         if answer is not None and self.transport is not None:
-            self._next_keepalive_close_time = self._loop.time() + self._gate.limits.idle_timeout_s
+            self._stay()
             self.transport.write(answer)
 
     def _end_body(self, message: object, body: StreamReader) -> None:
@@ -274,10 +325,16 @@ class Gate:
     """Makes the protocol for each connection that comes: to serve it, or to refuse it when there are too many."""
 
     def __init__(
-        self, server: web.Server, limits: ConnectionLimits, door: Door | None = None, *, tls: bool = False
+        self,
+        server: web.Server,
+        limits: ConnectionLimits,
+        door: Door | None = None,
+        lane: Lane | None = None,
+        *,
+        tls: bool = False,
     ) -> None:
         self.server, self.limits, self.loop = server, limits, asyncio.get_running_loop()
-        self.door = door
+        self.door, self.lane = door, lane
         self._refused: deque[Connection] = deque()
         self.open: set[Connection] = set()
         self.refusing = 0
@@ -333,7 +390,7 @@ async def listening(
 ) -> AsyncIterator[str]:
     """Accept connections for a runner that is set up, until the block ends; gives the URL. Raises OSError."""
     assert runner.server is not None, "set up"
-    gate = Gate(runner.server, limits, runner.app.get(DOOR), tls=tls is not None)
+    gate = Gate(runner.server, limits, runner.app.get(DOOR), runner.app.get(LANE), tls=tls is not None)
     settings: dict[str, Any] = {} if tls is None else {"ssl": tls, "ssl_handshake_timeout": limits.header_timeout_s}
     server = await gate.loop.create_server(gate, host, port, backlog=BACKLOG, **settings)
     try:

@@ -75,7 +75,7 @@ class Metrics(Collector):
         self._batch_size, self._prediction = Distribution(BATCH_BUCKETS), Distribution(RATIO_BUCKETS)
         self._batches: Counter[str] = Counter()
         self._batch_queries: Counter[str] = Counter()
-        self._failed_batches = 0
+        self._failed_batches = self._degraded = 0
         self._busy_s = 0.0
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
@@ -91,6 +91,7 @@ class Metrics(Collector):
         """Count what became of a query, and if it was answered, how long that took and by how accurate a subnet."""
         self._outcomes[outcome] += 1
         if answer is not None:
+            self._degraded += answer.degraded
             self._latency_s.observe(now_s - query.arrival_s)
             self._queue_s.observe(answer.started_s - query.arrival_s)
             if outcome == "in_time":
@@ -135,6 +136,7 @@ class Metrics(Collector):
             "superserve_serving_accuracy", "Profiled accuracy, 0 to 1, of queries answered in time",
             count_value=self._outcomes["in_time"], sum_value=self._accuracy_total,
         )  # fmt: skip
+        yield CounterMetricFamily("superserve_degraded", "Answers that failed members had no part in", self._degraded)
         responses = CounterMetricFamily(
             "superserve_http_responses", "HTTP responses by route and status", labels=("route", "status")
         )

@@ -1,8 +1,8 @@
 """The Open Inference Protocol v2 over HTTP, under /v2: what tritonclient, perf_analyzer and KServe's clients speak.
 
-One model with one version, one input and one output (infer_requests.py says in which forms). The metadata show the
-input as pixels: they need no knowledge of how the network was trained, and any bytes, as load tools send them, are
-some. A request with several rows is several queries that share a deadline; they are answered together and in order,
+One model with one version and one output; infer_requests.py and infer_texts.py say what the inputs are. The metadata
+show images as pixels: they need no knowledge of how the network was trained, and any bytes, as load tools send them,
+are some. A request with several rows is several queries that share a deadline; they are answered together and in order,
 and if one of them fails, the request fails as it did. docs/api.md shows it in use.
 """
 
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from web.bodies import read_body
 from web.errors import BadRequest, DeadlineExceeded, NotReady, NotSupported, TooLarge, UnknownModel, json_response
 from web.infer_answers import accepted_encoding, compress, encode_answer, is_quick
+from web.infer_reading import Reading
 from web.infer_requests import (
     INPUT,
     MOST_ROWS,
@@ -27,13 +28,15 @@ from web.infer_requests import (
     PRIORITIES,
     InferRequest,
     ModelForm,
-    Reading,
     read_infer_request,
 )
-from web.inputs import INLINE_BODY_BYTES, Parameters, parse_parameters
+from web.infer_texts import describe_forms, is_optional, tensors_of
+from web.inputs import INLINE_BODY_BYTES, ImageForm, Parameters, parse_parameters
 from web.json_values import parse_json
 from web.serving import Reply, Serving
 from web.state import version
+from web.tensors import TensorForm
+from web.texts import TextForm
 
 VERSION = "1"
 PLATFORM = "superserve_supernet"
@@ -56,7 +59,7 @@ class OpenInference:
         self._form = ModelForm(
             name=serve.name,
             version=VERSION,
-            input=serve.input,
+            input=serve.form.shape if isinstance(serve.form, ImageForm) else serve.form,
             classes=len(serve.classes),
             most_rows=min(MOST_ROWS, settings.max_queue),
             max_pixels=settings.max_pixels,
@@ -118,7 +121,9 @@ class OpenInference:
                 "name": self._serve.name,
                 "versions": [VERSION],
                 "platform": PLATFORM,
-                "inputs": [{"name": INPUT, "datatype": "UINT8", "shape": [-1, *self._pixels]}],
+                "inputs": [
+                    {"name": each.name, "datatype": each.datatype, "shape": each.shape} for each in self._tensors
+                ],
                 "outputs": [{"name": OUTPUT, "datatype": "FP32", "shape": [-1, len(self._serve.classes)]}],
             }
         )
@@ -139,7 +144,7 @@ class OpenInference:
                 "platform": PLATFORM,
                 "version_policy": {"latest": {"num_versions": 1}},
                 "max_batch_size": self._form.most_rows,
-                "input": [{"name": INPUT, "data_type": "TYPE_UINT8", "dims": self._pixels, "optional": False}],
+                "input": [self._input_config(each) for each in self._tensors],
                 "output": [{"name": OUTPUT, "data_type": "TYPE_FP32", "dims": [len(self._serve.classes)]}],
                 "dynamic_batching": {
                     "priority_levels": PRIORITIES,
@@ -151,14 +156,29 @@ class OpenInference:
             }
         )
 
-    def _input_forms(self) -> str:
-        height, width, channels = self._pixels
-        planes = [-1, channels, height, width]
-        return f"UINT8 {[-1, *self._pixels]} pixels; FP32, FP16 or BF16 {planes} normalised; BYTES [-1] encoded images"
-
     @property
-    def _pixels(self) -> list[int]:
-        return [self._serve.input.height, self._serve.input.width, self._serve.input.channels]
+    def _tensors(self) -> list[TensorForm]:
+        """The inputs as the metadata show them."""
+        form = self._form.input
+        if isinstance(form, TextForm):
+            return tensors_of(form)
+        return [TensorForm(INPUT, "UINT8", (-1, form.height, form.width, form.channels))]
+
+    def _input_config(self, tensor: TensorForm) -> dict[str, object]:
+        form = self._form.input
+        return {
+            "name": tensor.name,
+            "data_type": "TYPE_STRING" if tensor.datatype == "BYTES" else f"TYPE_{tensor.datatype}",
+            "dims": tensor.shape[1:],
+            "optional": isinstance(form, TextForm) and is_optional(form, tensor.name),
+        }
+
+    def _input_forms(self) -> str:
+        form = self._form.input
+        if isinstance(form, TextForm):
+            return describe_forms(form)
+        pixels, planes = [-1, form.height, form.width, form.channels], [-1, form.channels, form.height, form.width]
+        return f"UINT8 {pixels} pixels; FP32, FP16 or BF16 {planes} normalised; BYTES [-1] encoded images"
 
     async def statistics(self, request: web.Request) -> web.Response:
         """GET …/stats: counts and times since the start."""

@@ -11,7 +11,7 @@ from aiohttp import web
 
 from web.access import METRICS, OPEN
 from web.errors import BadRequest, NotReady, Unauthorized, json_response
-from web.inputs import IMAGE_FORMATS, LARGEST_VALUE, Limits
+from web.inputs import IMAGE_FORMATS, LARGEST_VALUE, ImageShape, Limits
 from web.live import FIGURES, SPAN_S
 from web.openapi_v2 import paths_v2
 from web.schemas import (
@@ -32,6 +32,7 @@ from web.schemas import (
 )
 from web.serving import Serving
 from web.state import version
+from web.texts import IDS, MASK, TEXT, TextForm
 
 Document = dict[str, Any]
 
@@ -84,24 +85,34 @@ def _with_keys(document: Document, open_metrics: bool) -> Document:
 
 def _predict(serve: Serving) -> Document:
     """POST /predict."""
-    side = serve.input
-    values = side.height * side.width * side.channels
-    raw = f"{values} bytes (uint8 pixels, H×W×C) or {4 * values} bytes (float32, C×H×W, normalised)"
-    encoded = {"schema": {}, "x-description": "an image file; its centre is scaled to the network's size"}
+    if isinstance(serve.form, TextForm):
+        summary, bodies = "Classify one text by a deadline", _text_bodies(serve.form)
+    else:
+        summary, bodies = "Classify one image by a deadline", _image_bodies(serve.form.shape)
     return operation(
-        "predict", "Classify one image by a deadline",
+        "predict", summary,
         {"200": content("Answered; `deadline_met` tells whether in time", reference("Reply"))} | errors(*QUERY_ERRORS),
         "queries",
         parameters=_parameters(serve),
-        requestBody={
-            "required": True,
-            "content": dict.fromkeys(IMAGE_TYPES, encoded)
-            | {
-                "application/octet-stream": {"schema": {}, "x-description": f"{raw}, or an image file"},
-                "application/json": {"schema": reference("Inputs")},
-            },
-        },
+        requestBody={"required": True, "content": bodies},
     )  # fmt: skip
+
+
+def _image_bodies(side: ImageShape) -> Document:
+    values = side.height * side.width * side.channels
+    raw = f"{values} bytes (uint8 pixels, H×W×C) or {4 * values} bytes (float32, C×H×W, normalised)"
+    encoded = {"schema": {}, "x-description": "an image file; its centre is scaled to the network's size"}
+    return dict.fromkeys(IMAGE_TYPES, encoded) | {
+        "application/octet-stream": {"schema": {}, "x-description": f"{raw}, or an image file"},
+        "application/json": {"schema": reference("Inputs")},
+    }
+
+
+def _text_bodies(form: TextForm) -> Document:
+    bodies: Document = {"application/json": {"schema": reference("Inputs")}}
+    if form.tokenizer is not None:
+        bodies["text/plain"] = {"schema": string("a text", minLength=1, pattern=r"\S")}
+    return bodies
 
 
 def _limits(serve: Serving) -> Limits:
@@ -111,7 +122,10 @@ def _limits(serve: Serving) -> Limits:
     except NotReady:
         settings = serve.config
         default_s, longest_s = settings.default_slo_ms / 1e3, settings.max_slo_ms / 1e3
-        return Limits(default_slo_s=default_s, longest_slo_s=longest_s, best_accuracy=1.0, classes=len(serve.classes))
+        accuracies = {"not known yet": 1.0}
+        return Limits(
+            default_slo_s=default_s, longest_slo_s=longest_s, accuracies=accuracies, classes=len(serve.classes)
+        )
 
 
 def _parameters(serve: Serving) -> list[Document]:
@@ -123,8 +137,12 @@ def _parameters(serve: Serving) -> list[Document]:
         "min_accuracy": number(0, limits.best_accuracy, default=0, description="no subnet below this accuracy"),
         "priority": integer(0, 100, default=0, description="breaks ties between equal deadlines"),
         "top_k": integer(1, limits.classes, default=1, description="how many classes to name"),
+        "members": string("the subnet or the members of the ensemble to answer", enum=list(limits.accuracies)),
     }
-    headers = {"X-SLO-Ms": "slo_ms", "X-Min-Accuracy": "min_accuracy", "X-Priority": "priority", "X-Top-K": "top_k"}
+    headers = {
+        "X-SLO-Ms": "slo_ms", "X-Min-Accuracy": "min_accuracy", "X-Priority": "priority", "X-Top-K": "top_k",
+        "X-Members": "members",
+    }  # fmt: skip
     envoy = {"name": "X-Envoy-Expected-Rq-Timeout-Ms", "in": "header", "schema": slo}
     return [
         *({"name": name, "in": "query", "schema": schema} for name, schema in schemas.items()),
@@ -172,18 +190,32 @@ def _metrics_answer() -> Document:
 
 
 def _components(serve: Serving) -> dict[str, Document]:
-    side = serve.input
-    pixels = tensor(integer(0, 255), side.height, side.width, side.channels)
-    value = number(-LARGEST_VALUE, LARGEST_VALUE)
-    planes = tensor(value, side.channels, side.height, side.width)
-    inputs = {"description": "whole numbers are pixels, else normalised", "anyOf": [pixels, planes]}
     return {
         "Error": error_schema(),
-        "Inputs": objects({"inputs": inputs}),
+        "Inputs": _text_inputs(serve.form) if isinstance(serve.form, TextForm) else _image_inputs(serve.form.shape),
         "Reply": _reply(serve),
         "Profile": _profile(),
         "Live": _live(),
     }
+
+
+def _image_inputs(side: ImageShape) -> Document:
+    pixels = tensor(integer(0, 255), side.height, side.width, side.channels)
+    value = number(-LARGEST_VALUE, LARGEST_VALUE)
+    planes = tensor(value, side.channels, side.height, side.width)
+    return objects({"inputs": {"description": "whole numbers are pixels, else normalised", "anyOf": [pixels, planes]}})
+
+
+def _text_inputs(form: TextForm) -> Document:
+    ids = array(integer(0, form.vocabulary - 1)) | {"minItems": 1, "maxItems": form.length}
+    mask = array(integer(0, 1)) | {"minItems": 1, "contains": {"const": 1}}
+    mask["description"] = "as long as the ids; what it leaves out at the end is not computed"
+    by_name = objects({IDS: ids, MASK: mask}, optional=[MASK])
+    sent = objects({"inputs": {"anyOf": [ids, by_name]}})
+    if form.tokenizer is None:
+        return sent
+    text = string("what is too long is cut off", minLength=1, pattern=r"\S")
+    return {"oneOf": [objects({TEXT: text}), sent]}
 
 
 def _reply(serve: Serving) -> Document:
@@ -198,13 +230,16 @@ def _reply(serve: Serving) -> Document:
         {
             "predictions": array(prediction) | {"minItems": 1},
             "subnet": string("what computed it"),
-            "accuracy": number(0, 1, description="of the subnet, as profiled"),
+            "members": array(string()) | {"description": "of an ensemble", "minItems": 2},
+            "degraded": {"const": True, "description": "there where members of the ensemble failed"},
+            "accuracy": number(0, 1, description="of what computed it, as profiled"),
             "batch_size": integer(1),
             "slo_ms": number(),
             "latency_ms": number(description="from arrival to answer"),
             "queue_ms": number(description="of that, before the batch started"),
             "deadline_met": {"type": "boolean"},
-        }
+        },
+        optional=["members", "degraded"],
     )
 
 
@@ -220,7 +255,10 @@ def _profile() -> Document:
             "macs": integer(),
             "latency_ms": array(number()) | {"description": "by batch size, as planned with"},
             "correction": number(description="how many times as long it takes at present"),
-        }
+            "mode": array(string(enum=["parallel", "serial"])) | {"description": "of an ensemble, by batch size"},
+            "why": string("of the modes"),
+        },
+        optional=["mode", "why"],
     )
     return objects(
         {

@@ -28,7 +28,8 @@ class Prediction:
 class Reply:
     """The answer to one query: what was seen, by which subnet, how accurate that subnet is, and when.
 
-    ``predictions`` are the likeliest classes, ``probabilities`` those of all classes.
+    ``predictions`` are the likeliest classes, ``probabilities`` those of all classes. ``members`` are the subnets of an
+    ensemble; it is ``degraded``, and less accurate, where others failed that were to answer, too.
     """
 
     predictions: tuple[Prediction, ...]
@@ -39,16 +40,33 @@ class Reply:
     latency_s: float
     queue_s: float
     deadline_met: bool
+    degraded: bool = False
     probabilities: NDArray[np.float32] = field(compare=False, repr=False)
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The subnets that answered together; none where one answered alone."""
+        members = tuple(self.subnet.split("+"))
+        return members if len(members) > 1 else ()
 
     def json(self) -> str:
         """The JSON form, durations in milliseconds; written by hand, as json.dumps takes four times as long."""
         return (
             f'{{"predictions": [{", ".join([each.json() for each in self.predictions])}], '
-            f'"subnet": {_quoted(self.subnet)}, "accuracy": {self.accuracy:.4g}, "batch_size": {self.batch_size}, '
+            f'"subnet": {_quoted(self.subnet)}, {_members(self.subnet)}{_DEGRADED[self.degraded]}'
+            f'"accuracy": {self.accuracy:.4g}, "batch_size": {self.batch_size}, '
             f'"slo_ms": {self.slo_s * 1e3:.7g}, "latency_ms": {self.latency_s * 1e3:.6g}, '
             f'"queue_ms": {self.queue_s * 1e3:.6g}, "deadline_met": {"true" if self.deadline_met else "false"}}}'
         )
+
+
+_DEGRADED = {False: "", True: '"degraded": true, '}
+
+
+@functools.lru_cache(4096)
+def _members(name: str) -> str:
+    """The JSON of an ensemble's members, with what separates it from the next."""
+    return f'"members": {json.dumps(name.split("+"))}, ' if "+" in name else ""
 
 
 @functools.lru_cache(4096)

@@ -9,8 +9,9 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from web.inputs import ImageShape, Limits, Parameters
+from web.inputs import ImageForm, Limits, Parameters
 from web.statistics import Statistics
+from web.texts import TextForm
 
 Result = TypeVar("Result")
 
@@ -32,6 +33,8 @@ class Reply(Protocol):
     def queue_s(self) -> float: ...  # noqa: D102
     @property
     def deadline_met(self) -> bool: ...  # noqa: D102
+    @property
+    def degraded(self) -> bool: ...  # noqa: D102
 
 
 class Settings(Protocol):
@@ -68,7 +71,7 @@ class Serving(Protocol):
     @property
     def classes(self) -> Sequence[str]: ...  # noqa: D102
     @property
-    def input(self) -> ImageShape: ...  # noqa: D102
+    def form(self) -> ImageForm | TextForm: ...  # noqa: D102
     @property
     def statistics(self) -> Statistics: ...  # noqa: D102
     def limits(self) -> Limits: ...  # noqa: D102

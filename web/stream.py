@@ -3,7 +3,8 @@
 A binary message is one query: a little-endian uint32, the length of the header; the header, a JSON object; the payload.
 The header's fields: ``id`` (a string or a whole number, sent back with the reply), ``slo_ms``, ``min_accuracy``,
 ``priority`` and ``top_k`` as for POST /predict, and what the payload is: ``content_type`` as for POST /predict, or
-``dtype`` ("uint8" or "float32", little-endian) with ``shape`` for a raw tensor. With neither, it speaks for itself.
+``dtype`` ("uint8", "float32", "int32" or "int64", little-endian) with ``shape`` for a raw tensor. With neither, an
+image speaks for itself.
 
 Replies are JSON text messages in the order in which queries are done: the reply of POST /predict and ``id``; or
 ``error``, ``reason``, ``status`` (what the HTTP status would be), what else the error tells, and ``id``, which is null
@@ -47,8 +48,8 @@ MOST_DECODING = 4
 LOOKS = 4
 
 PARAMETERS = ("slo_ms", "min_accuracy", "priority", "top_k")
-FIELDS = frozenset(("id", "content_type", "dtype", "shape", *PARAMETERS))
-_DTYPES = {"uint8": "u1", "float32": "<f4"}
+FIELDS = frozenset(("id", "content_type", "dtype", "shape", "members", *PARAMETERS))
+_DTYPES = {"uint8": "u1", "float32": "<f4", "int32": "<i4", "int64": "<i8"}
 _LENGTH = struct.Struct("<I")
 
 MessageId = str | int
@@ -127,6 +128,10 @@ class Message(NamedTuple):
                 if type(header[name]) is not float and type(header[name]) is not int:
                     raise BadRequest(f"{name} must be a number, not {brief(header[name])}")
                 texts[name] = str(header[name])
+        if "members" in header:
+            if not isinstance(header["members"], str):
+                raise BadRequest(f"members must be a string, joined by +, not {brief(header['members'])}")
+            texts["members"] = header["members"]
         return parse_parameters(texts, {}, limits) if texts else limits.defaults
 
     def content_type(self) -> str:

@@ -1,7 +1,7 @@
 """Tensors as the Open Inference Protocol sends them: binary data beside the JSON, or JSON data; to and from arrays.
 
 Binary data are little-endian and row by row; a BYTES element is its length as uint32, then its bytes. Numbers arrive as
-FP32, FP16, BF16 or UINT8. Every way in which data cannot be what its datatype and shape say is a BadRequest.
+FP32, FP16, BF16, UINT8, INT32 or INT64. Every way in which data cannot be what datatype and shape say is a BadRequest.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from web.errors import BadRequest
-from web.json_values import array_of, as_float32, as_pixels, brief
+from web.json_values import array_of, as_float32, as_integers, as_pixels, brief
 
 # All datatypes of the protocol with the size of an element: a slip in a name is not the same as one not accepted.
 DATATYPES = {
@@ -86,7 +86,7 @@ def read_form(document: Mapping[str, Any]) -> TensorForm:
 
 
 def numbers_from_binary(form: TensorForm, data: memoryview) -> NDArray[Any]:
-    """The tensor that the bytes hold: uint8, or float32 for all floating point datatypes."""
+    """The tensor that the bytes hold: uint8, int64 for INT32 and INT64, or float32 for all floating point datatypes."""
     needed = form.elements * DATATYPES[form.datatype]
     if len(data) != needed:
         raise BadRequest(f"{form.describe()} has {needed} bytes; {len(data)} were sent")
@@ -95,6 +95,8 @@ def numbers_from_binary(form: TensorForm, data: memoryview) -> NDArray[Any]:
             array: NDArray[Any] = np.frombuffer(data, np.uint8)
         case "FP16":
             array = np.frombuffer(data, "<f2").astype(np.float32)
+        case "INT32" | "INT64":
+            array = np.frombuffer(data, "<i4" if form.datatype == "INT32" else "<i8").astype(np.int64)
         case "BF16":  # the upper half of a float32
             array = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
         case _:  # JSON of any length may come before, and torch takes aligned arrays only
@@ -135,12 +137,27 @@ def floats_to_binary(values: NDArray[np.float32]) -> bytes:
 
 
 def numbers_from_json(form: TensorForm, data: object) -> NDArray[Any]:
-    """The tensor of FP32 or UINT8 that a flat or nested list of numbers holds."""
+    """The tensor of FP32, UINT8, INT32 or INT64 that a flat or nested list of numbers holds."""
     if form.datatype in ("FP16", "BF16"):
         raise BadRequest(f"{form.describe()}: {form.datatype} is sent as binary data; JSON has no such numbers")
     what = f"the data of '{form.name}'"
     array = array_of(data, what)
     if array.shape not in (form.shape, (form.elements,)):
         raise BadRequest(f"the data of {form.describe()} have the shape {list(array.shape)}")
+    if form.datatype in ("INT32", "INT64"):
+        return as_integers(array, what).reshape(form.shape)
     found = as_pixels(array, what) if form.datatype == "UINT8" else as_float32(array)
     return found.reshape(form.shape)
+
+
+def texts_from_json(form: TensorForm, data: object) -> list[str]:
+    """The elements of a BYTES tensor, a string each in flat or nested lists."""
+    found: list[Any] = data if isinstance(data, list) else [data]
+    while any(isinstance(each, list) for each in found) and len(found) <= form.elements:
+        found = [text for each in found for text in (each if isinstance(each, list) else [each])]
+    for each in found:
+        if not isinstance(each, str):
+            raise BadRequest(f"the data of {form.describe()} must be strings, not {brief(each)}")
+    if len(found) != form.elements:
+        raise BadRequest(f"the data of {form.describe()} are {len(found)} strings")
+    return found

@@ -96,6 +96,8 @@ function take(live) {
 }
 
 async function takeProfile() {
+  const api = await get("openapi.json");
+  showKind(api.paths["/predict"].post.requestBody.content);
   state.profile = await get("profile");
   byId("floor").max = state.profile.entries.length;
   const sizes = state.profile.batch_sizes;
@@ -139,13 +141,14 @@ function setText(target, content) {
 function showNotice(gone) {
   const notice = byId("notice");
   const traffic = [...state.seconds.values()].some((second) => second.arrivals > 0);
-  const curl = `curl --data-binary @photo.jpg '${new URL("predict?slo_ms=50", location.href)}'`;
+  const sent = { image: "--data-binary @photo.jpg", text: "-H 'Content-Type: text/plain' -d 'a text'" }[kind];
+  const curl = `curl ${sent ?? `-H 'Content-Type: application/json' -d '{"inputs": [2, 3]}'`} '${new URL("predict?slo_ms=50", location.href)}'`;
   const content =
     gone && state.locked ? "This server asks for an API key that it knows: open this page with #key= and the key behind its address."
     : gone ? "The server cannot be reached. Trying again every second; the numbers below are the last ones known."
     : state.status === "draining" ? "The server is draining: it finishes what is queued and accepts nothing more."
     : state.status !== "ready" ? `Not ready: ${state.status}. A first start on a new device measures its latencies, which takes a minute or so.`
-    : traffic || state.recent?.arrivals ? "" : "No traffic yet. Try an image below, or: ";
+    : traffic || state.recent?.arrivals ? "" : `No traffic yet. Try ${KINDS[kind].one} below, or: `;
   notice.hidden = content === "";
   if (notice.dataset.content === content) return;
   notice.dataset.content = content;
@@ -389,14 +392,42 @@ function showSliders() {
   showFrontier();
 }
 
+// What the server reads: images, texts, or, where it has no tokenizer, token ids.
+const KINDS = {
+  image: { one: "an image", name: "image" },
+  text: { one: "a text", name: "text", hint: "Write a text to classify" },
+  ids: { one: "token ids", name: "text as token ids", hint: "Token ids with commas between them, such as 101, 2204, 102" },
+};
+let kind = "image";
+
+function showKind(content) {
+  kind = "text/plain" in content ? "text" : Object.keys(content).some((type) => type.startsWith("image/")) ? "image" : "ids";
+  setText(byId("kind"), KINDS[kind].name);
+  for (const id of ["drop", "file"]) byId(id).hidden = kind !== "image";
+  Object.assign(byId("text"), { hidden: kind === "image", placeholder: KINDS[kind].hint ?? "" });
+  showReady();
+}
+
+function showReady() {
+  byId("send").disabled = kind === "image" ? image === null : byId("text").value.trim() === "";
+}
+
+// The body of a query, and its type.
+function query() {
+  const written = byId("text").value;
+  if (kind === "text") return [written, "text/plain"];
+  if (kind === "ids") return [JSON.stringify({ inputs: written.split(",").map(Number) }), "application/json"];
+  return [image, image.type || "application/octet-stream"];
+}
+
 function choose(file) {
-  if (!file) return;
+  if (!file || kind !== "image") return;
   image = file;
   const preview = byId("preview");
   URL.revokeObjectURL(preview.src);
   Object.assign(preview, { src: URL.createObjectURL(file), alt: file.name || "the image", hidden: false });
   byId("drop-text").textContent = file.name || "pasted image";
-  byId("send").disabled = false;
+  showReady();
 }
 
 async function classify(event) {
@@ -406,8 +437,9 @@ async function classify(event) {
   byId("send").disabled = true;
   const began = performance.now();
   try {
-    const headers = withKey({ "Content-Type": image.type || "application/octet-stream" });
-    const response = await fetch(`predict?${parameters}`, { method: "POST", body: image, headers });
+    const [body, type] = query();
+    const headers = withKey({ "Content-Type": type });
+    const response = await fetch(`predict?${parameters}`, { method: "POST", body, headers });
     const reply = await response.json();
     byId("answer").replaceChildren(...(response.ok ? answered(reply, performance.now() - began) : refused(reply, response.status)));
   } catch {
@@ -449,6 +481,7 @@ function refused(error, status) {
 function listen() {
   const drop = byId("drop");
   byId("file").addEventListener("change", (event) => choose(event.target.files[0]));
+  byId("text").addEventListener("input", showReady);
   byId("try").addEventListener("submit", classify);
   for (const id of ["slo", "floor"]) byId(id).addEventListener("input", showSliders);
   for (const [name, over] of [["dragenter", true], ["dragover", true], ["dragleave", false], ["drop", false]]) {
