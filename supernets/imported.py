@@ -16,7 +16,7 @@ import re
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -229,18 +229,23 @@ def compiled(content: bytes) -> tuple[Script, list[Tensor]]:
     """
     refuse_what_runs_when_read(content)
     with deprecation_known():
-        try:
-            module = torch.jit.load(io.BytesIO(content), map_location="cpu")  # type: ignore[no-untyped-call]
-            _check_module(module)
-            graph = torch.jit.freeze(module.eval()).graph.copy() if hasattr(module, "training") else module.graph.copy()
-        except _DAMAGE as error:
-            raise ValueError(f"torch cannot read it: {said(error)}") from error
+        module = _attempted(lambda: torch.jit.load(io.BytesIO(content), map_location="cpu"))  # type: ignore[no-untyped-call]
+        _check_module(module)
+        frozen = _attempted(lambda: torch.jit.freeze(module.eval()) if hasattr(module, "training") else module)
+    graph = frozen.graph.copy()
     weights = _lifted(graph)
     if not weights:
         raise ValueError("holds no weights")
     for tensor in (each for each in (*module.parameters(), *module.buffers()) if each.dim()):
         tensor.data = tensor.new_empty(0)  # no second copy: what is not folded, the list of weights holds
     return Script(torch._C._create_function_from_graph("forward", graph), module), weights
+
+
+def _attempted(action: Callable[[], Any]) -> Any:
+    try:
+        return action()
+    except _DAMAGE as error:
+        raise ValueError(f"torch cannot read it: {said(error)}") from error
 
 
 def _check_module(module: Any) -> None:

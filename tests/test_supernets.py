@@ -54,7 +54,7 @@ def test_a_block_changes_its_shortcut_only_where_shapes_change() -> None:
 
 
 def test_unknown_family_lists_known_ones() -> None:
-    known = "bert, ofa_mobilenet, ofa_resnet, resnet, timm"
+    known = "bert, ofa_mobilenet, ofa_resnet, resnet, timm, zoo"
     with pytest.raises(ValueError, match=f"^unknown family 'vgg'; known: {known}$"):
         supernets.build("vgg", {})
 

@@ -29,6 +29,7 @@ from slackfit import Decision, Policy, ProfileError, ProfileTable, make_policy
 from supernet import SupernetError
 from superserve import Batch, DeadlineHeap, Dispatcher, Query, Reply, SuperServe
 from web.errors import BadRequest, BatchFailed, DeadlineExceeded, NotReady, QueueFull, ServeError, TooLarge
+from web.inputs import INLINE_BODY_BYTES
 
 POLICIES = ("halfslo", "slackfit", "slackfit:3", "fixed:largest", "fixed:smallest")
 
@@ -796,7 +797,7 @@ async def test_infer_refuses_what_cannot_be(profile: Path, image: Any, settings:
 
 async def test_a_small_file_with_a_large_image_is_decoded_beside_the_event_loop(profile: Path) -> None:
     async with SuperServe(config_of(profile)) as serve:
-        assert len(body := serving.image_file("PNG", (1000, 1000))) < superserve.INLINE_BODY_BYTES
+        assert len(body := serving.image_file("PNG", (1000, 1000))) < INLINE_BODY_BYTES
         assert (await serve.infer(body)).deadline_met
 
 
