@@ -29,13 +29,21 @@ schemathesis.openapi.media_type("application/octet-stream", _IMAGES | st.binary(
 # Headers that are not read where a parameter of the query string, or another header, says the same.
 _OVERRIDDEN = {
     "x-slo-ms": ("slo_ms",), "x-min-accuracy": ("min_accuracy",), "x-priority": ("priority",), "x-top-k": ("top_k",),
-    "x-envoy-expected-rq-timeout-ms": ("slo_ms", "x-slo-ms"),
+    "x-members": ("members",), "x-envoy-expected-rq-timeout-ms": ("slo_ms", "x-slo-ms"),
 }  # fmt: skip
+# A choice below the floor that is asked for with it is refused, which no schema can say.
+_FLOORS, _MEMBERS = {"min_accuracy", "x-min-accuracy"}, {"members", "x-members"}
 
 
 @schemathesis.hook
 def filter_case(context: schemathesis.HookContext, case: schemathesis.Case) -> bool:
-    """Leave out headers that are wrong but not read, unknown ones included: whoever stands between adds some."""
+    """Leave out headers that are wrong but not read, unknown ones included: whoever stands between adds some.
+
+    Also a floor together with a choice.
+    """
+    asked = {name.lower() for name in (*(case.headers or {}), *(case.query or {}))}
+    if asked & _FLOORS and asked & _MEMBERS:
+        return False
     made = case.meta.components.get(ParameterLocation.HEADER) if case.meta is not None else None
     if made is None or not made.mode.is_negative:
         return True

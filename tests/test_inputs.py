@@ -360,9 +360,9 @@ def test_members_that_are_no_choice_are_refused_with_those_there_are(text: str) 
 
 
 def test_a_floor_above_the_members_asked_for_is_refused() -> None:
-    with pytest.raises(BadRequest, match="min_accuracy 0.75 is above that of a, 0.7000"):
+    with pytest.raises(BadRequest, match=r"min_accuracy 0\.75 is above that of a, 0\.7000"):
         parse_parameters({"members": "a", "min_accuracy": "0.75"}, {}, TRIO)
-    with pytest.raises(BadRequest, match="min_accuracy 0.95 is above the most accurate choice, 0.9000"):
+    with pytest.raises(BadRequest, match=r"min_accuracy 0\.95 is above the most accurate choice, 0\.9000"):
         parse_parameters({"min_accuracy": "0.95"}, {}, TRIO)
 
 
@@ -387,7 +387,7 @@ def test_values_out_of_range_are_refused_by_name(name: str, text: str) -> None:
 
 
 def test_an_unknown_parameter_is_told_the_known_ones() -> None:
-    with pytest.raises(BadRequest, match="unknown parameter 'slo'; known: members, min_accuracy, priority, slo_ms, top_k"):
+    with pytest.raises(BadRequest, match="'slo'; known: members, min_accuracy, priority, slo_ms, top_k"):
         parsed({"slo": "50"})
 
 

@@ -471,7 +471,7 @@ REFUSED_SETTINGS: dict[str, tuple[dict[str, Any], str, str]] = {
     "priority too low": ({"priority": 102}, "400", "priority must be between 0 and 101"),
     "accuracy out of reach": ({"parameters": {"min_accuracy": 0.95}}, "400", "above the most accurate subnet"),
     "unknown": ({"parameters": {"slo": 5}}, "400", "unknown 'slo' in parameters; known: slo_ms, timeout, priority"),
-    "unknown in the query string": ({"query_params": {"slo": 5}}, "400", "unknown parameter 'slo'; known: min_acc"),
+    "unknown in the query string": ({"query_params": {"slo": 5}}, "400", "unknown parameter 'slo'; known: members"),
     "top_k": ({"query_params": {"top_k": 5}}, "400", "ask for the classification of 'probabilities'"),
     "sequence": ({"sequence_id": 5, "sequence_start": True}, "400", "'sequence_id' in parameters: .* not supported"),
 }

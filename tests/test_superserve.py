@@ -22,7 +22,6 @@ from serving import LARGE, LARGE_ACCURACY, PATIENT_MS, SMALL, Clock, config_of, 
 
 import slackfit
 import startup
-import superserve
 from dispatcher import SlowedQueue
 from engine import EngineError, Outputs
 from slackfit import Decision, Policy, ProfileError, ProfileTable, make_policy

@@ -6,6 +6,7 @@ import asyncio
 import json
 import struct
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -19,7 +20,6 @@ from fixtures_texts import (
     LABELS,
     LARGEST,
     LENGTH,
-    SMALLEST,
     VOCABULARY,
     ids_of,
     plain_probabilities,
@@ -408,15 +408,21 @@ def test_a_tokenizer_of_another_network_ends_the_start(tmp_path: Path) -> None:
 
 @served
 def test_the_command_serves_texts(folder: Path) -> None:
+    url, replies = f"/predict?slo_ms={PATIENT_MS}&min_accuracy=0.8&top_k=3", []
+    sent = {JSON: b'{"text": "the film was good"}', "text/plain; charset=utf-8": b"the film was good"}
     with process(folder) as running:
-        asked = urllib.request.Request(
-            f"{running.url}/predict?slo_ms={PATIENT_MS}",
-            json.dumps({"text": "the film was good"}).encode(),
-            {"Content-Type": JSON},
-        )
-        with urllib.request.urlopen(asked, timeout=60) as response:
-            reply = json.loads(response.read())
-    assert reply["subnet"] in (SMALLEST, LARGEST)
+        for content_type, body in sent.items():
+            asked = urllib.request.Request(running.url + url, body, {"Content-Type": content_type})
+            with urllib.request.urlopen(asked, timeout=60) as response:
+                replies.append(predictions(response.read()))
+        wrong = urllib.request.Request(running.url + url, b"{}", {"Content-Type": JSON})
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(wrong, timeout=60)
+        assert caught.value.code == 400
+        caught.value.close()
+    expected = plain_probabilities(folder, LARGEST, FILM)
+    for reply in replies:
+        np.testing.assert_allclose([reply[label] for label in LABELS], expected, rtol=1e-3)
     assert "no tokenizer" not in running.named()
 
 
