@@ -231,7 +231,7 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Precedent:
-    """A query that was turned away as infeasible, when, and how many were coming before it."""
+    """A query that was turned away as infeasible just after it arrived, when, and how many were coming before it."""
 
     query: Query
     refusal: Refusal
@@ -320,7 +320,9 @@ class Dispatcher:
         self._least_s = [min(each) for each in zip(*(entry.latency_s for entry in table.entries), strict=True)]
         rates = (size / self._least_s[size] for size in range(1, len(self._least_s)))
         self._rates = [0.0, *itertools.accumulate(rates, max)]  # the most queries a second, in batches up to a size
-        self._longest_s = max(entry.latency_s[1] for entry in (*table.entries, *self.measured.entries))
+        # Also those that are dominated as they are corrected: a client may ask for one by name.
+        self._by_name = {entry.name: entry.stretched(self.applied[entry.name]) for entry in self.measured.entries}
+        self._longest_s = max(entry.latency_s[1] for entry in self._by_name.values())
 
     def submit(self, query: Query) -> None:
         """Accept a query, or raise QueueFull or DeadlineExceeded."""
@@ -354,7 +356,9 @@ class Dispatcher:
             raise self._refuse_arrival(query, precedent.refusal, now_s).with_traceback(None)
         refusal = self.refusal(query, now_s + delay_s, nbytes, coming)
         if refusal is not None:
-            self._precedent = Precedent(query, refusal, now_s, coming) if refusal.outcome == "infeasible" else None
+            # One that arrived long ago says nothing of others.
+            fresh = refusal.outcome == "infeasible" and now_s < arrival_s + ALIKE_S
+            self._precedent = Precedent(query, refusal, now_s, coming) if fresh else None
             raise self._refuse_arrival(query, refusal, now_s)
 
     def _has_room(self, deadline_s: float, nbytes: int, now_s: float, coming: int = 0) -> bool:
@@ -588,7 +592,7 @@ class Dispatcher:
 
     def _least_for(self, query: Query) -> Entry:
         """The fastest entry that may answer it."""
-        return self.measured.by_name(query.choice) if query.choice else self.table.entries[self._lowest(query)]
+        return self._by_name[query.choice] if query.choice else self.table.entries[self._lowest(query)]
 
     def _take(self, entry: Entry, size: int) -> tuple[Query, ...]:
         """The most urgent queries, up to the first for which this entry may not be used."""

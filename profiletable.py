@@ -132,6 +132,10 @@ class Entry:
         """The choice's accuracy, 0 to 1."""
         return self.choice.accuracy
 
+    def stretched(self, factor: float) -> Entry:
+        """The same where batches take this many times as long."""
+        return self if factor == 1 else replace(self, latency_s=tuple(factor * each_s for each_s in self.latency_s))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileTable:
@@ -182,7 +186,7 @@ class ProfileTable:
 
         Factors are of all entries, by name. The most accurate entry stays, whatever its factor.
         """
-        entries = (_stretched(entry, factors[entry.name]) for entry in self.entries)
+        entries = (entry.stretched(factors[entry.name]) for entry in self.entries)
         return replace(self, entries=_frontier(entries, self.batch_sizes))
 
 
@@ -251,10 +255,6 @@ def _modes_document(entry: Entry, batch_sizes: Sequence[int]) -> dict[str, objec
     if serial:
         reasons.append(f"serial is faster at batch size {serial}: one member fills the device")
     return {"mode": modes, "why": "; ".join(reasons)}
-
-
-def _stretched(entry: Entry, factor: float) -> Entry:
-    return entry if factor == 1 else replace(entry, latency_s=tuple(factor * each_s for each_s in entry.latency_s))
 
 
 def _slug(text: str) -> str:

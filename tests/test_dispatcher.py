@@ -459,6 +459,29 @@ def test_who_asks_for_a_choice_that_has_no_time_left_is_given_up() -> None:
     assert dispatcher.counters == {"arrivals": 2, "given_up": 1}
 
 
+def test_one_that_came_late_is_no_precedent_for_those_that_did_not() -> None:
+    clock = Clock()
+    dispatcher = Dispatcher(SMALL, make_policy("fixed:e0", SMALL), clock, workers=1, max_queue=100)
+    with pytest.raises(DeadlineExceeded):
+        dispatcher.turn_away(clock() - 0.0999, 0.1, 0.0, 0)
+    dispatcher.turn_away(clock(), 0.1, 0.0, 0)
+
+
+def test_a_choice_is_planned_with_as_it_is_corrected_whether_or_not_it_is_dominated_then() -> None:
+    clock = Clock()
+    dispatcher = Dispatcher(SMALL, make_policy("clearfit", SMALL), clock, workers=1, max_queue=100)
+    dispatcher.corrections.factors = lambda _: {"e0": 3.0, "e1": 1.0}  # type: ignore[method-assign]
+    assert dispatcher.correct_table()
+    assert [entry.name for entry in dispatcher.table.entries] == ["e1"]
+    with pytest.raises(DeadlineExceeded) as caught:
+        dispatcher.submit(make_query(clock, 5, choice="e0"))
+    assert caught.value.details["predicted_ms"] == 6
+    dispatcher.submit(make_query(clock, 7, choice="e0"))
+    batch = dispatcher.next_batch()
+    assert batch is not None
+    assert (batch.entry.name, dispatcher.planned_s(batch)) == ("e0", pytest.approx(0.006))
+
+
 def with_ensembles() -> ProfileTable:
     """Subnets a, b and c, and ensembles of all of them and of the first two."""
     singles = [choice("a", 0.7), choice("b", 0.72), choice("c", 0.71, frontier=False)]

@@ -277,9 +277,9 @@ async def test_a_request_in_pieces_is_refused_by_the_handler_and_so_are_those_af
 ) -> None:
     seen: list[bytes] = []
 
-    def spy(data: bytes) -> bool:
+    def spy(data: bytes, most_bytes: int) -> bytes | None:
         seen.append(data)
-        return head_of(data)
+        return head_of(data, most_bytes)
 
     async with full(profile) as server:
         monkeypatch.setattr("web.listen.head_of", spy)

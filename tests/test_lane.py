@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from aiohttp import web
 from PIL import Image
-from serving import SIDE, config_of, fake_engine, image_array, listening_app, turns_until
+from serving import SIDE, SMALL, config_of, fake_engine, image_array, listening_app, turns_until
 from yarl import URL
 
 from superserve import SERVE, Pending, make_app
@@ -103,6 +103,7 @@ PLAIN = {
     ),
     "parameters": request("/predict?slo_ms=9000&top_k=3&min_accuracy=0.6&priority=4"),
     "headers": request("/predict", "X-SLO-Ms: 9000", "X-Top-K: 2", "X-Min-Accuracy: 0.6", "Accept: */*"),
+    "a subnet": request("/predict", f"X-Members: {SMALL}"),
     "wrong size": request(body=b"123"),
     "no image": request("/predict", "Content-Type: image/jpeg", body=b"no image"),
     "broken json": request("/predict", "Content-Type: application/json", body=b"{"),
@@ -112,6 +113,12 @@ PLAIN = {
     "no time": request("/predict?slo_ms=0.001"),
 }
 OTHER = {
+    "many headers": request("/predict", *(f"X-{number}: 1" for number in range(200))),
+    "a long header": request("/predict", "X-Long: " + "x" * 20_000),
+    "two hosts": request("/predict", "Host: there"),
+    "no host": request().replace(b"Host: here\r\n", b""),
+    "two agents": request("/predict", "User-Agent: a", "User-Agent: b"),
+    "a member in capitals": request("/predict", f"X-Members: {SMALL.upper()}"),
     "unknown parameter": request("/predict?speed=1"),
     "impossible parameter": request("/predict?slo_ms=0"),
     "a member": request("/predict?members=nobody"),
@@ -194,6 +201,52 @@ async def test_a_client_that_leaves_frees_its_place(profile: Path) -> None:
             assert (await answered(reader))[0] == 200
             writer.close()
         assert where.counters == {"arrivals": 3, "in_time": 2, "cancelled": 1}
+
+
+async def test_a_client_that_sent_more_and_left_frees_its_place_too(profile: Path) -> None:
+    async with place(profile) as where:
+        engine = where.app[SERVE].engine
+        engine.gate = asyncio.Event()  # type: ignore[attr-defined]
+        _, first = await where.connect()
+        first.write(request())
+        await turns_until(lambda: engine.batches)  # type: ignore[attr-defined]
+        _, writer = await where.connect()
+        writer.write(request())
+        await turns_until(lambda: where.counters.get("arrivals") == 2)
+        writer.write(request()[:40])
+        await writer.drain()
+        writer.close()
+        await turns_until(lambda: where.counters.get("cancelled") == 1)
+        engine.gate.set()  # type: ignore[attr-defined]
+        await turns_until(lambda: where.counters.get("in_time") == 1)
+        first.close()
+
+
+async def test_what_goes_wrong_with_one_answer_keeps_the_others_from_none(profile: Path) -> None:
+    async with place(profile) as where:
+        engine, lane = where.app[SERVE].engine, where.app[LANE]
+        engine.gate = asyncio.Event()  # type: ignore[attr-defined]
+        streams = [await where.connect() for _ in range(4)]
+        for number, (_, writer) in enumerate(streams, start=1):
+            writer.write(request())
+            await turns_until(lambda: where.counters.get("arrivals") == number)  # noqa: B023
+        connection = list(lane._travellers.values())[1]
+        wrong: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: wrong.append(context["exception"]))
+
+        class Broken:
+            def arrive(self, _: bytes) -> None:
+                raise LookupError("broken")
+
+        pending = next(each for each, traveller in lane._travellers.items() if traveller is connection)
+        lane._travellers[pending] = Broken()
+        engine.gate.set()  # type: ignore[attr-defined]
+        for number, (reader, writer) in enumerate(streams):
+            if number != 1:
+                assert (await answered(reader))[0] == 200
+            writer.close()
+        assert [type(each) for each in wrong] == [LookupError]
+        assert not lane._travellers
 
 
 async def test_a_batch_that_fails_is_told_and_a_server_that_drains_says_when_to_come_again(profile: Path) -> None:

@@ -469,7 +469,7 @@ REFUSED_SETTINGS: dict[str, tuple[dict[str, Any], str, str]] = {
     "slo_ms as a flag": ({"parameters": {"slo_ms": True}}, "400", "slo_ms must be a number, not true"),
     "slo_ms 0": ({"parameters": {"slo_ms": 0}}, "400", "slo_ms must be above 0"),
     "priority too low": ({"priority": 102}, "400", "priority must be between 0 and 101"),
-    "accuracy out of reach": ({"parameters": {"min_accuracy": 0.95}}, "400", "above the most accurate subnet"),
+    "accuracy out of reach": ({"parameters": {"min_accuracy": 0.95}}, "400", "above the most accurate choice"),
     "unknown": ({"parameters": {"slo": 5}}, "400", "unknown 'slo' in parameters; known: slo_ms, timeout, priority"),
     "unknown in the query string": ({"query_params": {"slo": 5}}, "400", "unknown parameter 'slo'; known: members"),
     "top_k": ({"query_params": {"top_k": 5}}, "400", "ask for the classification of 'probabilities'"),

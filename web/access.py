@@ -32,8 +32,8 @@ LARGEST_FILE = 2**20
 # What a browser is told when it asks in advance; Content-Type and the parameters' headers among it.
 _ALLOWED_METHODS = "GET, HEAD, POST"
 _ALLOWED_HEADERS = (
-    "Authorization, Content-Encoding, Content-Type, Inference-Header-Content-Length, X-API-Key, X-Min-Accuracy, "
-    "X-Priority, X-SLO-Ms, X-Top-K"
+    "Authorization, Content-Encoding, Content-Type, Inference-Header-Content-Length, X-API-Key, X-Members, "
+    "X-Min-Accuracy, X-Priority, X-SLO-Ms, X-Top-K"
 )
 _PREFLIGHT_S = 600
 

@@ -36,9 +36,15 @@ LONGEST_S = 0.005  # what takes longer from the door to the queue did so aside: 
 END = b"\r\n\r\n"
 # Clients send few different heads; longer ones, and more of them, are read each time.
 REMEMBERED, REMEMBERED_BYTES = 256, 1024
+# What aiohttp refuses: more lines, and headers that may stand there once.
+MOST_LINES = 128
+ONCE = (
+    b"\nuser-agent:", b"\ncontent-type:", b"\ncontent-encoding:", b"\ncontent-location:", b"\ncontent-range:",
+    b"\netag:", b"\nmax-forwards:", b"\nserver:",
+)  # fmt: skip
 # One whole request, but for its body; neither folded headers nor any other liberty that HTTP takes.
 _HEAD = re.compile(rb"(?:GET|HEAD|OPTIONS|POST) /[!-~]* HTTP/1\.1\r\n(?:[!#-'*+.^_`|~0-9A-Za-z-]+:[\t -~]*\r\n)+\r\n")
-_FRAMING = re.compile(rb"\n(?:transfer-encoding|expect|upgrade|connection:(?! *keep-alive *\r))")
+_FRAMING = re.compile(rb"\n(?:transfer-encoding|expect|upgrade|proxy-connection|connection:(?! *keep-alive *\r))")
 _LENGTH = re.compile(rb"\ncontent-length: *([0-9]{1,12}) *\r")
 _QUERY = re.compile(r"[a-z_]+=[0-9.]+(?:&[a-z_]+=[0-9.]+)*")
 _HEADER = re.compile(rb"\n(x-[a-z-]+|origin): *([^\r]*?) *\r")
@@ -150,9 +156,11 @@ class Door:
 DOOR = web.AppKey("door", Door)
 
 
-def head_of(data: bytes) -> bytes | None:
-    """The head, if this is one request from its first byte to its last, and beyond doubt."""
+def head_of(data: bytes, most_bytes: int = 8192) -> bytes | None:
+    """The head, if this is one request from its first byte to its last, not too long, and beyond doubt."""
     head = data[: data.find(END) + 4]
+    if len(head) > most_bytes:
+        return None
     length = _known_length(head) if len(head) <= REMEMBERED_BYTES else _length(head)
     return head if length is not None and len(head) + length == len(data) else None
 
@@ -164,6 +172,8 @@ def _length(head: bytes) -> int | None:
     lines = head.lower()
     lengths = _LENGTH.findall(lines)
     if _FRAMING.search(lines) or lines.count(b"\ncontent-length") != len(lengths) or len(lengths) > 1:
+        return None
+    if lines.count(b"\nhost:") != 1 or lines.count(b"\n") > MOST_LINES or any(lines.count(each) > 1 for each in ONCE):
         return None
     return int(lengths[0]) if lengths else 0
 
@@ -177,7 +187,7 @@ def _asked(head: bytes, limits: Limits) -> Asked | None:
         return None
     given = [part.split("=") for part in query.split("&")] if query else []
     lines = head.lower()
-    headers = _headers(lines)
+    headers = _headers(head, lines)
     if headers is None or len({name for name, _ in given}) != len(given):
         return None
     try:
@@ -196,16 +206,19 @@ def _content_type(lines: bytes) -> str | None:
     return found[0].decode("ascii") if len(found) == lines.count(b"\ncontent-type:") == 1 else None
 
 
-def _headers(lines: bytes) -> Mapping[str, str] | None:
-    """Headers that are parameters; None where there is one that asks for more than an answer."""
+def _headers(head: bytes, lines: bytes) -> Mapping[str, str] | None:
+    """Headers that are parameters; None where there is one that asks for more than an answer.
+
+    They are found in ``lines``, the head in small letters, and read from the head itself.
+    """
     found: dict[str, str] = {}
-    for name, value in _HEADER.findall(lines):
-        if name == b"origin":
+    for match in _HEADER.finditer(lines):
+        if match[1] == b"origin":
             return None
-        if name in _NAMES:
-            if _NAMES[name] in found:
+        if match[1] in _NAMES:
+            if _NAMES[match[1]] in found:
                 return None
-            found[_NAMES[name]] = value.decode("ascii")
+            found[_NAMES[match[1]]] = head[slice(*match.span(2))].decode("ascii")
     return found
 
 

@@ -10,6 +10,7 @@ wrong, bodies that are large or compressed, pages of other origins, servers that
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -56,7 +57,7 @@ class Lane:
         self._host, self._door, self._count = host, door, count
         self._most = min(INLINE_BODY_BYTES, max_body_bytes)
         self._travellers: dict[Any, Traveller] = {}  # by what is pending
-        self._announced: list[PendingReply] = []
+        self._announced: deque[PendingReply] = deque()
 
     def take(self, head: bytes, body: bytes, traveller: Traveller) -> PendingReply | bytes | None:
         """The query that this request became, or the whole answer to one that is refused; None: it is for aiohttp.
@@ -100,14 +101,20 @@ class Lane:
         self._announced.append(pending)
 
     def _collect(self) -> None:
-        announced, self._announced = self._announced, []
         date = rfc822_formatted_time()
-        for pending in announced:
-            traveller = self._travellers.pop(pending, None)
-            if traveller is not None:
-                status, answer = _told(pending.collect(), date)
-                self._count(PATH, status)
-                traveller.arrive(answer)
+        try:
+            while self._announced:
+                self._answer(self._announced.popleft(), date)
+        finally:  # whatever goes wrong with one answer, the others are given
+            if self._announced:
+                asyncio.get_running_loop().call_soon(self._collect)
+
+    def _answer(self, pending: PendingReply, date: str) -> None:
+        traveller = self._travellers.pop(pending, None)
+        if traveller is not None:
+            status, answer = _told(pending.collect(), date)
+            self._count(PATH, status)
+            traveller.arrive(answer)
 
 
 def _told(outcome: Reply | ServeError, date: str) -> tuple[int, bytes]:

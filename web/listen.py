@@ -52,6 +52,8 @@ MOST_REFUSING, REFUSING_S = 64, 1.0
 LINGERING_S = 5.0
 # For so long in each turn of the event loop, clients are told that their requests are refused.
 TELLING_S = 0.001
+# Bytes of further requests that are kept while the answer to one is under way.
+MOST_HELD = 64 * 1024
 # A flood of connections gets one line in the log in so many seconds.
 QUIET_S = 60.0
 
@@ -132,12 +134,12 @@ class Connection(web.RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         """A request, or a part of one; a head that has begun is to be complete in time."""
-        if self._pending is not None:
+        if self._pending is not None or self._held:
             self._hold(data)
             return
         self.tell_refused()
         if self._orderly and data:  # aiohttp goes on with nothing, too, after a pause
-            head = head_of(data)
+            head = head_of(data, self._gate.limits.header_bytes)
             self._orderly = head is not None
             if head is not None and self._may_answer() and (self._turned_away(data) or self._taken(head, data)):
                 return
@@ -185,15 +187,23 @@ class Connection(web.RequestHandler):
         if self.transport is not None:
             self._stay()
             self.transport.write(answer)
-            held, self._held = self._held, b""
-            if held:
-                self.transport.resume_reading()
-                self.data_received(held)
+            if self._held:
+                self._loop.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        """With what the client sent before it had its answer."""
+        held, self._held = self._held, b""
+        if self.transport is not None:
+            self.transport.resume_reading()
+            self.data_received(held)
 
     def _hold(self, data: bytes) -> None:
-        """Keep what a client sends before it has its answer; it is not to send much of that."""
-        if data and self.transport is not None:
-            self._held += data
+        """Keep what a client sends before it has its answer; it is not to send much of that.
+
+        Reading goes on as long as it can: only who reads notices that a client has left.
+        """
+        self._held += data
+        if len(self._held) > MOST_HELD and self.transport is not None:
             self.transport.pause_reading()
 
     def _stay(self) -> None:
