@@ -342,42 +342,45 @@ class Dispatcher:
     ) -> None:  # fmt: skip
         """Raise what ``submit`` would raise for such a query, whose input takes so many bytes or more.
 
-        Its input need not be there yet; so many others are coming before it, which takes so long. The query is counted
-        if it is refused, and only then. One like it that comes right after it is refused with the same error.
+        Its input need not be there yet; so many others are coming before it, and getting there takes it so long, if
+        that is known. The query is counted if it is refused, and only then. One like it that comes right after it is
+        refused with the same error.
         """
         now_s, precedent = self.clock(), self._precedent
         alike = precedent is not None and precedent.covers(now_s, slo_s, min_accuracy, choice, coming)
-        if not alike and self._has_room(arrival_s + slo_s, nbytes * (coming + 1), now_s + delay_s, coming):
+        if not alike and self._has_room(arrival_s + slo_s, nbytes * (coming + 1), now_s, coming, delay_s):
             return
         query = Query(
             input=NOTHING, arrival_s=arrival_s, slo_s=slo_s, reply=NOBODY, min_accuracy=min_accuracy, choice=choice
         )
         if alike and precedent is not None:
             raise self._refuse_arrival(query, precedent.refusal, now_s).with_traceback(None)
-        refusal = self.refusal(query, now_s + delay_s, nbytes, coming)
+        refusal = self.refusal(query, now_s, nbytes, coming, delay_s)
         if refusal is not None:
             # One that arrived long ago says nothing of others.
             fresh = refusal.outcome == "infeasible" and now_s < arrival_s + ALIKE_S
             self._precedent = Precedent(query, refusal, now_s, coming) if fresh else None
             raise self._refuse_arrival(query, refusal, now_s)
 
-    def _has_room(self, deadline_s: float, nbytes: int, now_s: float, coming: int = 0) -> bool:
+    def _has_room(self, deadline_s: float, nbytes: int, now_s: float, coming: int = 0, delay_s: float = 0.0) -> bool:
         """Whether a query is accepted for sure: a glance, which does for most; False leaves it to ``refusal``.
 
         It is when all that wait fit into ``AHEAD`` batches of the largest size, there is slack for one of these after
         all that runs, and for the slowest entry alone.
         """
-        slack_s, waiting = (deadline_s - now_s - self.overhead_s) / self._stretch, len(self.heap) + coming
+        slack_s, waiting = (deadline_s - now_s - delay_s - self.overhead_s) / self._stretch, len(self.heap) + coming
         return (
             waiting < self._max_queue
-            and waiting + 1 <= (1.0 if coming else AHEAD) * (len(self._least_s) - 1)
+            and waiting + 1 <= (1.0 if delay_s else AHEAD) * (len(self._least_s) - 1)
             and self.heap.nbytes + nbytes <= self._max_queue_bytes
             and slack_s >= self._longest_s
             and self.workers * slack_s >= self._running_s + self._least_s[-1]
             and slack_s >= self._least_s[-1]
         )
 
-    def refusal(self, query: Query, now_s: float, nbytes: int = 0, coming: int = 0) -> Refusal | None:
+    def refusal(
+        self, query: Query, now_s: float, nbytes: int = 0, coming: int = 0, delay_s: float = 0.0
+    ) -> Refusal | None:
         """Why a query would not be accepted now, if so; counts nothing.
 
         Refused are those for whom there is no place, those that are late even if run at once and alone, and those with
@@ -386,13 +389,14 @@ class Dispatcher:
         if self._is_full(nbytes, coming):
             return Refusal("queue_full", self._full(now_s, len(self.heap) + coming))
         latency_s = self._least_for(query).latency_s[1]
+        now_s += delay_s
         done_s = now_s + self.overhead_s + self._stretch * latency_s
         if done_s > query.deadline_s:
             why = "the deadline cannot be met"
             return Refusal("infeasible", self._too_late(query, why, predicted_s=done_s - query.arrival_s))
         slack_s, ahead = query.deadline_s - now_s - self.overhead_s, coming + self.heap.due_by(query.deadline_s)
         # What is not in the queue yet costs time to get there, and early drop cannot choose from it.
-        allowed = (1.0 if coming else AHEAD) * self._most_by(slack_s, now_s) + 1e-6  # but for rounding
+        allowed = (1.0 if delay_s else AHEAD) * self._most_by(slack_s, now_s) + 1e-6  # but for rounding
         if not ahead or ahead + 1 <= allowed:
             return None
         why = "the deadline cannot be met: too many queries are ahead"

@@ -132,7 +132,7 @@ class Door:
         try:
             asked = self.asked(data[: data.index(END) + 4])
             if asked is not None:
-                delay_s = coming * self._each_s / LOOP_SHARE
+                delay_s = (coming + 1) * self._each_s / LOOP_SHARE  # it has to get there itself, too
                 self._host.turn_away(visitor.arrival_s, asked.parameters, coming, delay_s)
                 visitor.accepted = True
         except NotReady:

@@ -164,11 +164,13 @@ class Connection(web.RequestHandler):
         """Whether this request is refused at the door."""
         assert self._gate.door is not None, "orderly only where there is one"
         answer = self._gate.door.answer(data, self)
-        if answer is None:
-            return False
+        if answer is not None:
+            self._refuse(answer)
+        return answer is not None
+
+    def _refuse(self, answer: bytes) -> None:
         self._answer = answer
         self._gate.tell_later(self)
-        return True
 
     def _taken(self, head: bytes, data: bytes) -> bool:
         """Whether this request went down the lane."""
@@ -176,7 +178,7 @@ class Connection(web.RequestHandler):
             return False
         outcome = self._gate.lane.take(head, data[len(head) :], self)
         if isinstance(outcome, bytes):
-            self.arrive(outcome)
+            self._refuse(outcome)
         else:
             self._pending = outcome
         return outcome is not None
