@@ -139,25 +139,30 @@ def timeless(document: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in document.items() if name not in UNSTEADY}
 
 
+def counted(where: Place) -> tuple[dict[str, int], list[str]]:
+    """Queries by outcome, and responses by route and status."""
+    lines = where.app[SERVE].metrics.text().decode().splitlines()
+    return where.counters, sorted(line for line in lines if line.startswith("superserve_http_responses_total"))
+
+
+def kept(headers: dict[str, str], status: int) -> dict[str, str]:
+    """Of the headers, those that clients read."""
+    found = {name: headers.get(name, "").partition(";")[0] for name in ("content-type", "retry-after")}
+    return found | {"date": str("date" in headers or status != 200)}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*PLAIN, *OTHER])
-async def test_the_lane_answers_and_counts_as_the_handler_does(profile: Path, name: str) -> None:
-    sent = {**PLAIN, **OTHER}[name]
-    told, counted, kept = [], [], []
-    for lane in (True, False):
-        async with place(profile, lane=lane, real=True) as where:
-            status, document, headers = await where.ask(sent)
-            told.append((status, timeless(document)))
-            kept.append({key: headers.get(key, "").partition(";")[0] for key in ("content-type", "retry-after")})
-            kept[-1]["date"] = str("date" in headers or status != 200)
-            text = where.app[SERVE].metrics.text().decode().splitlines()
-            responses = [line for line in text if line.startswith("superserve_http_responses_total")]
-            counted.append((where.counters, responses))
-            if lane:
-                assert any(each is not None for each in where.taken) == (name in PLAIN)
-    assert told[0] == told[1]
-    assert kept[0] == kept[1]
-    assert counted[0] == counted[1]
+async def test_the_lane_answers_and_counts_as_the_handler_does(profile: Path) -> None:
+    async with place(profile, real=True) as ours, place(profile, real=True, lane=False) as theirs:
+        for name, sent in {**PLAIN, **OTHER}.items():
+            ours.taken.clear()
+            told = []
+            for where in (ours, theirs):
+                status, document, headers = await where.ask(sent)
+                told.append((status, timeless(document), kept(headers, status)))
+            assert told[0] == told[1], name
+            assert any(each is not None for each in ours.taken) == (name in PLAIN), name
+            assert counted(ours) == counted(theirs), name
 
 
 async def test_a_connection_is_used_again_and_again_by_lane_and_handler_in_turn(profile: Path) -> None:
