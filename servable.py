@@ -11,6 +11,7 @@ import functools
 import json
 import math
 import shutil
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -141,7 +142,7 @@ def create_servable(
 
 
 def _build(
-    family: str, architecture: Mapping[str, Any], folder: Path | None
+    family: str, architecture: Mapping[str, Any], folder: Path | None = None
 ) -> tuple[nn.Module, Elastic | Sequence[str]]:
     try:
         with torch.device("meta"):  # counts weights without making any; files have bounds of their own
@@ -326,6 +327,7 @@ _DAMAGE = (
     RuntimeError,
     MemoryError,
     SyntaxError,
+    tokenize.TokenError,  # of an array's header, which numpy reads as Python's literals
     zipfile.BadZipFile,
     zlib.error,
 )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from web.infer_answers import INLINE_VALUES, encode_answer, is_quick
+from web.infer_answers import INLINE_VALUES, encode_answer, is_quick, reply_parameters
 from web.infer_requests import InferRequest, ModelForm
 
 CLASSES = ("ant", "bee", 'a "cat"]}]}')
@@ -33,6 +33,7 @@ class Served:
     latency_s: float = 0.5
     queue_s: float = 0.25
     deadline_met: bool = True
+    degraded: bool = False
     batch_size: int = field(default=1)
 
 
@@ -69,3 +70,9 @@ def test_only_text_of_many_values_is_not_quick() -> None:
     assert not is_quick(ASKED, 2, INLINE_VALUES)
     assert is_quick(binary, 64, INLINE_VALUES)
     assert not is_quick(replace(binary, classification=1), 64, INLINE_VALUES)
+
+
+def test_a_row_without_a_member_that_failed_makes_the_answer_degraded() -> None:
+    rows = [Served(ROWS[0]), Served(ROWS[1], degraded=True)]
+    assert reply_parameters(rows)["degraded"] is True
+    assert "degraded" not in reply_parameters(rows[:1])

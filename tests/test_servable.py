@@ -445,3 +445,11 @@ def test_a_changed_byte_loads_or_stops_with_one_line(
     except SupernetError as error:
         message = str(error)
         assert "\n" not in message and str(folder) in message  # noqa: PT018
+
+
+def test_an_array_whose_header_never_ends_is_told_by_its_file(tmp_path: Path) -> None:
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1, \n"
+    with zipfile.ZipFile(tmp_path / "weights.npz", "w") as archive:
+        archive.writestr("a.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    with pytest.raises(SupernetError, match=r"weights\.npz: "):
+        servable_module._read_arrays(tmp_path / "weights.npz", 10**6)
