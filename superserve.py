@@ -4,8 +4,10 @@ The life of one query, top-down:
 
 1. ``handle_predict`` notes the arrival and reads the parameters; ``SuperServe.turn_away`` refuses what has no chance,
    and in a flood ``Door.answer`` has done so before. Then the body is read: ``decode`` makes one network input of it.
-2. ``SuperServe.submit`` makes a ``Query`` with its deadline; ``Dispatcher.submit`` rejects it when the heap is full or
-   no choice can meet the deadline any more, else pushes it onto the ``DeadlineHeap``. The handler awaits the reply.
+   ``Lane.take`` does all this for requests in the plainest form, as most are, without aiohttp.
+2. ``SuperServe.submit``, or ``begin`` for the lane, makes a ``Query`` with its deadline; ``Dispatcher.submit`` rejects
+   it when the heap is full or no choice can meet the deadline any more, else pushes it onto the ``DeadlineHeap``. The
+   handler awaits the reply.
 3. ``SuperServe._pump`` runs when a query arrived, a worker became free or a deadline passed.
 4. ``Dispatcher.expire`` answers the queries whose deadline has passed, at that moment.
 5. ``Dispatcher.next_batch`` asks the policy (slackfit.py) for a ``Decision``, for a worker that is idle now.

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from aiohttp import web
 from PIL import Image
-from serving import SIDE, SMALL, config_of, fake_engine, image_array, listening_app, turns_until
+from serving import SIDE, SMALL, FakeEngine, config_of, fake_engine, image_array, listening_app, turns_until
 from yarl import URL
 
 from superserve import SERVE, Pending, make_app
@@ -43,6 +43,8 @@ class Place:
 
     app: web.Application
     port: int
+    engine: FakeEngine
+    gate: asyncio.Event
     taken: list[object] = field(default_factory=list)
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -71,16 +73,20 @@ async def answered(reader: asyncio.StreamReader) -> tuple[int, dict[str, Any], d
 
 
 @asynccontextmanager
-async def place(profile: Path, *, lane: bool = True, real: bool = False, **settings: Any) -> AsyncIterator[Place]:
+async def place(
+    profile: Path, *, lane: bool = True, real: bool = False, held: bool = False, **settings: Any
+) -> AsyncIterator[Place]:
+    """A server whose engine is a fake unless it is to be ``real``; ``held``: batches wait for the gate."""
     config = config_of(profile, **settings)
     app = make_app(config)
     app[DOOR].keyed = not lane  # all is left to aiohttp where keys are wanted
+    gate, engine = asyncio.Event(), FakeEngine(app[SERVE].clock, app[SERVE].engine.facts)
     if not real:
-        fake_engine(app[SERVE])
+        engine = fake_engine(app[SERVE], gate=gate if held else None)
     async with listening_app(config, app) as url:
         port = URL(url).port
         assert port is not None
-        found = Place(app, port)
+        found = Place(app, port, engine, gate)
         if lane:
             take = app[LANE].take
 
@@ -176,15 +182,13 @@ async def test_a_connection_is_used_again_and_again_by_lane_and_handler_in_turn(
 
 
 async def test_what_is_sent_before_the_answer_is_answered_after_it_and_in_order(profile: Path) -> None:
-    async with place(profile) as where:
-        engine = where.app[SERVE].engine
-        engine.gate = asyncio.Event()  # type: ignore[attr-defined]
+    async with place(profile, held=True) as where:
         reader, writer = await where.connect()
         writer.write(request())
         await turns_until(lambda: where.counters.get("arrivals"))
         writer.write(request("/predict?top_k=2"))
         writer.write(OTHER["health"] + request(body=b"1"))
-        engine.gate.set()  # type: ignore[attr-defined]
+        where.gate.set()
         answers = [await answered(reader) for _ in range(4)]
         assert [status for status, _, _ in answers] == [200, 200, 200, 400]
         assert [len(document.get("predictions", ())) for _, document, _ in answers] == [1, 2, 0, 0]
@@ -192,16 +196,14 @@ async def test_what_is_sent_before_the_answer_is_answered_after_it_and_in_order(
 
 
 async def test_a_client_that_leaves_frees_its_place(profile: Path) -> None:
-    async with place(profile) as where:
-        engine = where.app[SERVE].engine
-        engine.gate = asyncio.Event()  # type: ignore[attr-defined]
+    async with place(profile, held=True) as where:
         streams = [await where.connect() for _ in range(3)]
         for number, (_, writer) in enumerate(streams, start=1):
             writer.write(request())
-            await turns_until(lambda: where.counters.get("arrivals") == number and engine.batches)  # type: ignore[attr-defined] # noqa: B023
+            await turns_until(lambda: where.counters.get("arrivals") == number and where.engine.batches)  # noqa: B023
         streams[2][1].close()
         await turns_until(lambda: where.counters.get("cancelled") == 1)
-        engine.gate.set()  # type: ignore[attr-defined]
+        where.gate.set()
         for reader, writer in streams[:2]:
             assert (await answered(reader))[0] == 200
             writer.close()
@@ -209,12 +211,10 @@ async def test_a_client_that_leaves_frees_its_place(profile: Path) -> None:
 
 
 async def test_a_client_that_sent_more_and_left_frees_its_place_too(profile: Path) -> None:
-    async with place(profile) as where:
-        engine = where.app[SERVE].engine
-        engine.gate = asyncio.Event()  # type: ignore[attr-defined]
+    async with place(profile, held=True) as where:
         _, first = await where.connect()
         first.write(request())
-        await turns_until(lambda: engine.batches)  # type: ignore[attr-defined]
+        await turns_until(lambda: where.engine.batches)
         _, writer = await where.connect()
         writer.write(request())
         await turns_until(lambda: where.counters.get("arrivals") == 2)
@@ -222,15 +222,14 @@ async def test_a_client_that_sent_more_and_left_frees_its_place_too(profile: Pat
         await writer.drain()
         writer.close()
         await turns_until(lambda: where.counters.get("cancelled") == 1)
-        engine.gate.set()  # type: ignore[attr-defined]
+        where.gate.set()
         await turns_until(lambda: where.counters.get("in_time") == 1)
         first.close()
 
 
 async def test_what_goes_wrong_with_one_answer_keeps_the_others_from_none(profile: Path) -> None:
-    async with place(profile) as where:
-        engine, lane = where.app[SERVE].engine, where.app[LANE]
-        engine.gate = asyncio.Event()  # type: ignore[attr-defined]
+    async with place(profile, held=True) as where:
+        lane = where.app[LANE]
         streams = [await where.connect() for _ in range(4)]
         for number, (_, writer) in enumerate(streams, start=1):
             writer.write(request())
@@ -245,7 +244,7 @@ async def test_what_goes_wrong_with_one_answer_keeps_the_others_from_none(profil
 
         pending = next(each for each, traveller in lane._travellers.items() if traveller is connection)
         lane._travellers[pending] = Broken()
-        engine.gate.set()  # type: ignore[attr-defined]
+        where.gate.set()
         for number, (reader, writer) in enumerate(streams):
             if number != 1:
                 assert (await answered(reader))[0] == 200
@@ -257,7 +256,7 @@ async def test_what_goes_wrong_with_one_answer_keeps_the_others_from_none(profil
 async def test_a_batch_that_fails_is_told_and_a_server_that_drains_says_when_to_come_again(profile: Path) -> None:
     async with place(profile) as where:
         serve = where.app[SERVE]
-        serve.engine.failure = RuntimeError("broken")  # type: ignore[attr-defined]
+        where.engine.failure = RuntimeError("broken")
         status, document, _ = await where.ask(request())
         assert (status, document["reason"]) == (500, "engine_failed")
         reader, writer = await where.connect()
@@ -269,15 +268,13 @@ async def test_a_batch_that_fails_is_told_and_a_server_that_drains_says_when_to_
 
 
 async def test_a_query_under_way_is_answered_when_the_server_drains(profile: Path) -> None:
-    async with place(profile) as where:
-        engine = where.app[SERVE].engine
-        engine.gate = asyncio.Event()  # type: ignore[attr-defined]
+    async with place(profile, held=True) as where:
         reader, writer = await where.connect()
         writer.write(request())
-        await turns_until(lambda: engine.batches)  # type: ignore[attr-defined]
+        await turns_until(lambda: where.engine.batches)
         closing = asyncio.create_task(where.app[SERVE].close())
         await asyncio.sleep(0)
-        engine.gate.set()  # type: ignore[attr-defined]
+        where.gate.set()
         assert (await answered(reader))[0] == 200
         await closing
         writer.close()
@@ -305,13 +302,12 @@ def test_there_is_no_lane_where_answers_tell_origins(profile: Path) -> None:
 
 @pytest.mark.slow
 async def test_a_connection_is_closed_when_idle_and_not_while_it_waits_for_its_answer(profile: Path) -> None:
-    async with place(profile, idle_timeout_s=0.4) as where:
-        engine, loop = where.app[SERVE].engine, asyncio.get_running_loop()
-        engine.gate = asyncio.Event()  # type: ignore[attr-defined]
+    async with place(profile, idle_timeout_s=0.4, held=True) as where:
+        loop = asyncio.get_running_loop()
         reader, writer = await where.connect()
         writer.write(request())
-        await turns_until(lambda: engine.batches)  # type: ignore[attr-defined]
-        loop.call_later(1.0, engine.gate.set)  # type: ignore[attr-defined]
+        await turns_until(lambda: where.engine.batches)
+        loop.call_later(1.0, where.gate.set)
         assert (await answered(reader))[0] == 200
         since_s = loop.time()
         async with asyncio.timeout(30):
