@@ -235,12 +235,12 @@ def _parse(document: object, folder: Path) -> Servable:
     # The schema comes first: a file of another version has other fields, and that is not what is wrong with it.
     if isinstance(document, dict) and document.get("schema", SCHEMA) != SCHEMA:
         raise SupernetError(f"schema must be {SCHEMA}, not {document['schema']!r:.40}")
-    top = _record(document, "", FIELDS)
+    top = record(document, "", FIELDS)
     family = supernets.family_of(top["family"])
-    space = _record(top["space"], "space", [each.name for each in fields(family.space)])
+    space = record(top["space"], "space", [each.name for each in fields(family.space)])
     rows = {name: tuple(map(tuple, _lists(space[name], f"space.{name}"))) for name in space}
     spec = TokenSpec if family.text else InputSpec
-    form = _record(top["input"], "input", [each.name for each in fields(spec)])
+    form = record(top["input"], "input", [each.name for each in fields(spec)])
     form |= {name: tuple(_list(form[name], f"input.{name}")) for name in ("mean", "std") if name in form}
     return create_servable(
         name=top["name"],
@@ -260,8 +260,8 @@ def _named(where: str, make: Callable[..., Any], **values: object) -> Any:
         raise SupernetError(f"{where}: {error}") from error
 
 
-def _record(value: object, where: str, names: Sequence[str]) -> dict[str, Any]:
-    """The value as an object with exactly these fields."""
+def record(value: object, where: str, names: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Any]:
+    """The value as an object with exactly these fields, the optional ones if it has them; raises SupernetError."""
     if not isinstance(value, dict):
         raise SupernetError(f"{where or 'the document'} must be an object, not {value!r:.40}")
     prefix = f"{where}." if where else ""
@@ -269,8 +269,8 @@ def _record(value: object, where: str, names: Sequence[str]) -> dict[str, Any]:
         if name not in value:
             raise SupernetError(f"{prefix}{name} is missing")
     for name in value:
-        if name not in names:
-            raise SupernetError(f"{prefix}{name} is unknown; the fields are {', '.join(names)}")
+        if name not in (*names, *optional):
+            raise SupernetError(f"{prefix}{name} is unknown; the fields are {', '.join((*names, *optional))}")
     return value
 
 

@@ -42,7 +42,7 @@ import slackfit
 from scripts import profile_supernet
 from scripts.exported import ExportedError, to_torchscript
 from scripts.train import STALE
-from servable import InputSpec, Servable, create_servable, save_servable
+from servable import InputSpec, Servable, create_servable, record, save_servable
 from supernet import SupernetError, count_macs, count_parameters
 from supernets import imported
 from supernets.zoo import ZooSpace
@@ -69,32 +69,20 @@ class Accuracy:
 
 
 def read_spec(path: Path) -> dict[str, Any]:
-    """The document, its fields checked as far as they can be without the files. Raises SpecError or OSError."""
+    """The document, its fields checked as far as they can be without the files. Raises a ValueError or OSError."""
     try:
         spec = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise SpecError(f"is no JSON: {error}") from error
-    _check_fields(spec, "", SPEC, SPEC)
-    _check_fields(spec["input"], "input", INPUT, INPUT)
+    record(spec, "", SPEC)
+    record(spec["input"], "input", INPUT)
     if not isinstance(spec["classes"], list):
         raise SpecError(f"classes must be a list of names, not {spec['classes']!r:.40}")
     if not isinstance(spec["members"], dict) or not spec["members"]:
         raise SpecError(f"members must be an object from names to files, not {spec['members']!r:.40}")
     for name, member in spec["members"].items():
-        _check_fields(member, f"members.{name}", MEMBER[:1], MEMBER)
+        record(member, f"members.{name}", MEMBER[:1], MEMBER[1:])
     return spec
-
-
-def _check_fields(value: object, where: str, needed: Sequence[str], known: Sequence[str]) -> None:
-    if not isinstance(value, dict):
-        raise SpecError(f"{where or 'the document'} must be an object, not {value!r:.40}")
-    prefix = f"{where}." if where else ""
-    for name in needed:
-        if name not in value:
-            raise SpecError(f"{prefix}{name} is missing")
-    for name in value:
-        if name not in known:
-            raise SpecError(f"{prefix}{name} is unknown; the fields are {', '.join(known)}")
 
 
 def input_of(spec: Mapping[str, Any]) -> InputSpec:
