@@ -32,9 +32,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cudagraphs import GraphCache, GraphPool, Network, Pair, is_lost, is_out_of_memory
-from ensembles import Catalogue, Ensemble, EnsembleNetwork, StreamGroup, ThreadGroup, forced, one_after_another
+from ensembles import (
+    Catalogue,
+    Ensemble,
+    EnsembleNetwork,
+    Mirrored,
+    StreamGroup,
+    ThreadGroup,
+    forced,
+    one_after_another,
+)
 from executables import ExecutableCache
 from inputbatches import Batching, batching_for
+from members import is_mirrored, subnet_of
 from servable import Servable
 from supernet import ActuatedSubnet
 from workers import Crew
@@ -432,6 +442,9 @@ class Engine:
         return kept[key]
 
     def _network(self, name: str) -> Network:
+        """What computes a subnet, or a member of an ensemble."""
+        if is_mirrored(name):
+            return Mirrored(self._network(subnet_of(name)))
         if self.executables is None:
             return self.actuate(name)
         if name not in self.executables:

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from cudagraphs import is_lost, is_out_of_memory
 from logs import log_event
+from members import subnet_of
 from workers import Crew, Job
 
 MODES = ("parallel", "serial")
@@ -79,6 +80,17 @@ def combine(probabilities: Tensor, weights: Tensor, combination: str) -> tuple[T
 def _votes(probabilities: Tensor) -> Tensor:
     """1 for the class that a member finds likeliest, 0 for the others."""
     return torch.zeros_like(probabilities).scatter_(2, probabilities.argmax(2, keepdim=True), 1.0)
+
+
+class Mirrored:
+    """A network that sees images (N, C, H, W) mirrored, the left side on the right."""
+
+    def __init__(self, network: MemberNetwork) -> None:
+        self._network = network
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Its logits."""
+        return self._network(x.flip(3))
 
 
 class EnsembleNetwork:
@@ -329,7 +341,7 @@ class Catalogue:
         return (mode,) if mode else tuple(each for each in MODES if each in self._plans.get(plain, MODES))
 
     def with_members(self, names: Sequence[str]) -> list[str]:
-        """The subnets among the names, then the members of the ensembles among them, each once."""
+        """The subnets among the names, then those that are members of the ensembles among them, each once."""
         subnets = [name for name in names if name not in self]
-        members = [member for name in names if name in self for member in self[name].members]
+        members = [subnet_of(member) for name in names if name in self for member in self[name].members]
         return list(dict.fromkeys([*subnets, *members]))

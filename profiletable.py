@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 
+from members import subnet_of
 from wholefile import read_text, write_text
 
 SCHEMA = 1
@@ -71,7 +72,7 @@ class Ensemble:
     ``weights`` sum to 1; in a vote, each member gives its weight to the class that it finds likeliest.
     """
 
-    members: tuple[str, ...]  # names of choices of the kind subnet
+    members: tuple[str, ...]  # names of choices of the kind subnet, maybe mirrored (members.py)
     combination: str  # one of COMBINATIONS
     weights: tuple[float, ...]
 
@@ -177,7 +178,7 @@ class ProfileTable:
         assert entry.choice.ensemble is not None, "others have no members"
         left = [name for name in entry.choice.ensemble.members if name not in failed]
         measured = [choice for choice in self.known if choice.ensemble and set(choice.ensemble.members) == set(left)]
-        alone = [choice for choice in self.known if choice.name in left]
+        alone = [choice for choice in self.known if choice.name in map(subnet_of, left)]
         best = max(measured or alone, key=lambda choice: choice.accuracy)
         return replace(entry, choice=best if measured else replace(best, name="+".join(left)))
 
@@ -419,8 +420,9 @@ def load_choices(folder: Path) -> tuple[Choice, ...]:
         known = _by_unique_name(choices)
         for index, choice in enumerate(choices):
             for member in choice.ensemble.members if choice.ensemble else ():
-                if member not in known or known[member].ensemble:
-                    raise ProfileError(f"choices[{index}].ensemble.members: there is no subnet '{member}'")
+                subnet = subnet_of(member)
+                if subnet not in known or known[subnet].ensemble:
+                    raise ProfileError(f"choices[{index}].ensemble.members: there is no subnet '{subnet}'")
         return choices
 
 

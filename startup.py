@@ -26,6 +26,7 @@ from config import Config
 from engine import Engine, EngineError, measure_latencies
 from ensembles import MODES, forced
 from logs import log_event
+from members import is_mirrored, subnet_of
 from profiletable import refuse_synthetic
 from servable import InputSpec, Servable, load_servable
 from slackfit import Choice, Device, DeviceMismatch, Latencies, PolicyError, ProfileError, ProfileTable
@@ -52,11 +53,13 @@ def check_policy(spec: str, choices: Sequence[Choice], workers: int) -> None:
 
 
 def check_statistics(folder: Path, choices: Sequence[Choice], servable: Servable) -> None:
-    """Raise ProfileError for a choice that cannot run, as it has no batch-norm statistics."""
+    """Raise ProfileError for a choice that cannot run: without batch-norm statistics, or mirroring what is no image."""
     for choice in (choice for choice in choices if choice.frontier):
         for name in choice.ensemble.members if choice.ensemble else (choice.name,):
-            if not _is_calibrated(servable.supernet, name):
-                raise ProfileError(f"{folder}/choices.json: {name} has no statistics in norms.npz")
+            if not _is_calibrated(servable.supernet, subnet_of(name)):
+                raise ProfileError(f"{folder}/choices.json: {subnet_of(name)} has no statistics in norms.npz")
+            if is_mirrored(name) and not isinstance(servable.input, InputSpec):
+                raise ProfileError(f"{folder}/choices.json: {name}: only images can be mirrored")
 
 
 def _is_calibrated(supernet: Supernet, name: str) -> bool:

@@ -207,7 +207,7 @@ def choose(options: argparse.Namespace, servable: Servable, engine: Engine) -> N
         search = Search(servable, data, engine, folder, options.batch_size)
         write_choices(servable, data, search.run(options.candidates, options.seed), folder, options.most)
     if options.ensembles or options.ensembles_only:
-        find_ensembles(engine, servable, data, folder, options.batch_size)
+        find_ensembles(engine, servable, data, folder, options.batch_size, options.lanes)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -223,6 +223,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--workers", type=int, default=1, help="batches in flight while measuring, as in serving")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads per worker; 0: as the server chooses")
     parser.add_argument("--seed", type=int, default=0, help="of the search")
+    parser.add_argument(
+        "--lanes", type=int, default=0, metavar="N",
+        help="choose ensembles as if N of their members ran at the same time; 1: one after another, so that they only "
+        "extend the frontier upward; 0: as many as can (default: 0)",
+    )  # fmt: skip
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--ensembles", action="store_true", help="after the subnets, look for ensembles of them")
     what.add_argument("--ensembles-only", action="store_true", help="look for ensembles of the subnets there are")

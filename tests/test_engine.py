@@ -30,6 +30,7 @@ from engine import (
 )
 from ensembles import MODES, EnsembleNetwork, StreamGroup, forced, one_after_another
 from inputbatches import Normaliser
+from members import mirrored
 from profiletable import Ensemble
 from supernet import IllegalSubnetError
 from workers import HungError
@@ -330,6 +331,20 @@ async def test_an_ensemble_answers_as_its_members_together(
     outputs = await together.run(forced(ensemble.name, mode), inputs)
     np.testing.assert_allclose(outputs.probabilities, combined(together, ensemble, inputs), atol=1e-5)
     assert (outputs.failed, outputs.probabilities.dtype) == ((), np.float32)
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_a_mirrored_member_sees_the_image_mirrored_and_is_held_as_its_subnet(mode: str) -> None:
+    both = Ensemble(members=(SMALLEST, mirrored(LARGEST)), combination="mean", weights=(0.5, 0.5))
+    engine = Engine(tiny_servable(), "cpu", ensembles=[both])
+    await engine.prepare([both.name])
+    assert set(engine.held.subnets) == {SMALLEST, LARGEST}
+    inputs = pixels(5)
+    turned = [np.ascontiguousarray(each[:, ::-1]) for each in inputs]
+    outputs = await engine.run(forced(both.name, mode), inputs)
+    wanted = (expected(engine, SMALLEST, inputs) + expected(engine, LARGEST, turned)) / 2
+    np.testing.assert_allclose(outputs.probabilities, wanted, atol=1e-5)
+    engine.close()
 
 
 async def test_members_are_held_as_the_single_subnets_they_are() -> None:

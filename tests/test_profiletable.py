@@ -15,12 +15,14 @@ from conftest import choice, in_ms, table_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from members import mirrored
 from profiletable import (
     Choice,
     Corrections,
     Device,
     DeviceMismatch,
     Ensemble,
+    Entry,
     Latencies,
     ProfileError,
     ProfileTable,
@@ -309,6 +311,21 @@ def test_the_members_of_an_ensemble_are_subnets_that_are_there(tmp_path: Path) -
     other = {**ENSEMBLE, "name": "c+d", "ensemble": {**ENSEMBLE["ensemble"], "members": ["c", "d"]}}
     with pytest.raises(ProfileError, match=re.escape("choices[4].ensemble.members: there is no subnet 'd'")):
         read_choices(tmp_path, json.dumps({**CHOICES, "choices": [*CHOICES["choices"], ENSEMBLE, other]}))
+
+
+def test_a_member_may_be_a_subnet_that_sees_the_image_mirrored(tmp_path: Path) -> None:
+    members = ["a", mirrored("a")]
+    both = {**ENSEMBLE, "name": "+".join(members), "ensemble": {**ENSEMBLE["ensemble"], "members": members}}
+    choices = read_choices(tmp_path, json.dumps({**CHOICES, "choices": [*CHOICES["choices"], both]}))
+    ensemble = choices[3].ensemble
+    assert ensemble is not None
+    assert ensemble.members == tuple(members)
+    entry = Entry(choice=choices[3], latency_s=(0.0, 0.1))
+    left = ProfileTable(entries=(entry,), batch_sizes=(1,), known=choices).without(entry, ["a"])
+    assert (left.name, left.accuracy) == (mirrored("a"), choices[0].accuracy)
+    other = {**both, "name": "a+x:mirrored", "ensemble": {**both["ensemble"], "members": ["a", "x:mirrored"]}}
+    with pytest.raises(ProfileError, match=re.escape("choices[3].ensemble.members: there is no subnet 'x'")):
+        read_choices(tmp_path, json.dumps({**CHOICES, "choices": [*CHOICES["choices"], other]}))
 
 
 def read_latencies(folder: Path, text: str) -> ProfileTable:

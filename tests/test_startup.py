@@ -16,8 +16,9 @@ import slackfit
 import startup
 import superserve
 from config import Config
+from members import mirrored
 from profiletable import Ensemble
-from servable import load_servable
+from servable import TokenSpec, load_servable
 from slackfit import DeviceMismatch, Latencies, PolicyError
 from startup import Finding, TableFile, check, check_policy
 from superserve import SuperServe
@@ -230,6 +231,16 @@ def test_members_of_ensembles_on_the_frontier_need_statistics(profile: Path) -> 
         startup.check_statistics(profile, [*choices, pair], servable)
     startup.check_statistics(profile, [*choices, replace(pair, frontier=False)], servable)
     startup.check_statistics(profile, with_ensemble(), servable)
+
+
+def test_only_images_can_be_mirrored(profile: Path) -> None:
+    servable = load_servable(profile)
+    both = Ensemble(members=(SMALL, mirrored(SMALL)), combination="mean", weights=(0.5, 0.5))
+    choices = [*serving.choices(), replace(choice(both.name, 0.95), kind="ensemble", ensemble=both)]
+    startup.check_statistics(profile, choices, servable)
+    texts = replace(servable, input=TokenSpec(length=8, vocabulary=10))
+    with pytest.raises(slackfit.ProfileError, match=f"{mirrored(SMALL)}: only images can be mirrored"):
+        startup.check_statistics(profile, choices, texts)
 
 
 def test_a_profile_with_an_ensemble_is_checked_as_it_is_served(own: Path) -> None:
