@@ -16,8 +16,9 @@ import functools
 import operator
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import FunctionType, MethodType
 from typing import Any, Self, cast
 
 import torch
@@ -214,12 +215,18 @@ def _packed_nbytes(shape: tuple[int, ...], *form: Any) -> int:
 
 
 class Executable:
-    """A subnet as a flat sequence of steps; immutable, safe to call from several threads at once."""
+    """A subnet as a flat sequence of steps; immutable, safe to call from several threads at once.
 
-    def __init__(self, network: fx.GraphModule) -> None:
-        self._network = network
-        self._run = network.forward
-        self.nbytes = sum(step.nbytes for step in _steps(network.graph))
+    ``names``: what the names in the network's code stand for; what it was generated with unless given. One that
+    is packed has no part in a reference cycle, as all graphs and modules of torch.fx have: its weights are to be freed
+    when it is let go, and not at some collection of garbage, which hardly ever looks at what is so old.
+    """
+
+    def __init__(self, network: fx.GraphModule, names: Mapping[str, Any] | None = None) -> None:
+        forward = cast(MethodType, network.forward).__func__
+        self._network, self._names = network, dict(forward.__globals__ if names is None else names)
+        self._run = MethodType(FunctionType(forward.__code__, self._names, argdefs=forward.__defaults__), network)
+        self.nbytes = sum(step.nbytes for step in _steps(self._names))
 
     def __call__(self, x: Tensor) -> Tensor:
         """Logits of a batch of inputs (N, C, H, W), channels-last in memory."""
@@ -228,21 +235,17 @@ class Executable:
     @property
     def packed_nbytes(self) -> int:
         """How much memory ``packed`` would take."""
-        return sum(step.packed_nbytes for step in _steps(self._network.graph))
+        return sum(step.packed_nbytes for step in _steps(self._names))
 
     @torch.no_grad()
     def packed(self) -> Executable:
         """The same subnet with weights of its own, ready for the kernels."""
-        graph = fx.Graph()
-        graph.output(graph.graph_copy(self._network.graph, {}))
-        for node in graph.nodes:
-            if isinstance(node.target, Step):
-                node.target = node.target.packed()
-        return Executable(fx.GraphModule(self._network, graph))
+        names = {name: each.packed() if isinstance(each, Step) else each for name, each in self._names.items()}
+        return Executable(self._network, names)
 
 
-def _steps(graph: fx.Graph) -> Iterable[Step]:
-    return (node.target for node in graph.nodes if isinstance(node.target, Step))
+def _steps(names: Mapping[str, Any]) -> Iterable[Step]:
+    return (each for each in names.values() if isinstance(each, Step))
 
 
 def can_fuse() -> bool:

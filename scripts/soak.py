@@ -55,6 +55,7 @@ MOST_GROWTH_PERCENT = 2.0
 PATIENCE_S = 30.0  # a query that has no answer after this is unanswered
 CYCLE_S, BURST_S, BURST_FACTOR = 4.0, 0.4, 6.0  # a burst in each cycle, at so many times the rate
 SAMPLE_EVERY_S = 0.25
+PART = 16  # engine.CHUNK, which this program would import torch for
 SERVED = {200, 429, 504}  # what a good query may be answered in a burst
 
 
@@ -262,6 +263,25 @@ async def leave_stream(clients: Clients) -> int:
     raise Left
 
 
+async def every_shape(clients: Clients) -> None:
+    """One batch of each size up to a part of the engine's on each subnet, so that all that it prepares for is there.
+
+    What oneDNN prepares for a shape it keeps: 22 MB for all of them together, and no more (docs/LOG.md). The load alone
+    meets with the rarest of them long after the warm-up.
+    """
+    async with clients.session.get(f"{clients.url}/profile") as response:
+        names = [entry["name"] for entry in (await response.json())["entries"]]
+    for name in names:
+        for rows in range(1, PART + 1):
+            body = b"".join(clients.pick(clients.inputs.pixels) for _ in range(rows))
+            document = _v2(rows, clients, parameters={"binary_data_size": len(body)})
+            head = json.dumps(document | {"parameters": {"slo_ms": 10000, "members": name}}).encode()
+            headers = {**OCTETS, "Inference-Header-Content-Length": str(len(head))}
+            status = await clients.post(f"/v2/models/{clients.model}/infer", head + body, headers)
+            if status != 200:
+                sys.exit(f"soak.py: a batch of {rows} on {name} was answered {status}")
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
     """A way to ask, how often it is taken, and with which statuses it may be answered."""
@@ -447,7 +467,7 @@ async def soak(server: Server, options: argparse.Namespace, advance: Advance) ->
     """Warm up, take stock, load, take stock."""
     tally = Tally()
     samples: list[float] = []
-    await _load(server, tally, options.rate, options.warm_up_s, options.seed, advance)
+    await _load(server, tally, options.rate, options.warm_up_s, options.seed, advance, prepare=True)
     before = await server.settled()
     sampling = asyncio.create_task(sample_memory(server, samples))
     await _load(server, tally, options.rate, options.seconds - options.warm_up_s, options.seed + 1, advance)
@@ -468,10 +488,14 @@ async def soak(server: Server, options: argparse.Namespace, advance: Advance) ->
     }  # fmt: skip
 
 
-async def _load(server: Server, tally: Tally, rate: float, seconds: float, seed: int, advance: Advance) -> None:
+async def _load(
+    server: Server, tally: Tally, rate: float, seconds: float, seed: int, advance: Advance, *, prepare: bool = False
+) -> None:
     async with clients_of(server.url, seed) as clients:
         large = next(kind for kind in KINDS if kind.ask is large_image)
         await asyncio.gather(*(tally.follow(large, clients) for _ in range(12)))  # all threads that decode
+        if prepare:
+            await every_shape(clients)
         await offer(clients, tally, rate, seconds, advance)
 
 

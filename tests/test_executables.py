@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import cast
 
 import numpy as np
 import pytest
@@ -109,7 +112,7 @@ def assert_executable(subnet: ActuatedSubnet) -> None:
 
 
 def steps(executable: Executable) -> list[Step]:
-    return [node.target for node in executable._network.graph.nodes if isinstance(node.target, Step)]
+    return [each for each in executable._names.values() if isinstance(each, Step)]
 
 
 # ------------------------------------------------------------------------------------------------------------- outputs
@@ -445,6 +448,26 @@ def test_what_is_held_on_is_not_packed_again() -> None:
     cache.get("2")
     cache.rebalance()
     assert cache.get("1") is kept
+
+
+def test_what_is_no_longer_held_is_freed_at_once() -> None:
+    cache = cache_of(8, 1, 1, 1)
+    cache.fill()
+    gc.disable()
+    try:
+        before = [weakref.ref(step) for name in cache.held for step in steps(cast(Executable, cache.get(name)))]
+        running = cache.get("0")
+        cache.get("2")
+        cache.get("2")
+        cache.rebalance()
+        assert "1" not in cache.held
+        assert [ref() is None for ref in before] == [False, True]
+        cache.drop()
+        assert before[0]() is not None, "a batch that runs on it keeps it"
+        del running
+        assert before[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_a_budget_of_nothing_holds_nothing() -> None:
