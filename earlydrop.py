@@ -191,31 +191,36 @@ class _Ahead:
         What is beyond the batches that are simulated is taken to be lost in the same proportion.
         """
         start_s = now_s = self._now_s
-        start, lost, batches, rate, workers = first, 0, QUEUE_BATCHES, self._rate, self._workers
+        start, lost, batches, rate = first, 0, QUEUE_BATCHES, self._rate
         deadlines_s, latency_s, together, share = self._deadlines_s, self._latency_s, self._together, self._share
         count, most, shortest_s = len(deadlines_s), len(latency_s) - 1, latency_s[1]
-        # For speed without helpers: these two loops are most of the time that a decision takes in overload.
-        while first < count:
+        # For speed without helpers: these loops are most of the time that a decision takes in overload. While the queue
+        # fills the largest batches, what arrives meanwhile does not matter.
+        filled = count - most * together
+        while first <= filled and batches and lost <= most_lost:
+            slack_s = deadlines_s[first] - now_s
+            if slack_s >= shortest_s:
+                batch_size = bisect_right(latency_s, slack_s, 2) - 1
+                now_s += latency_s[batch_size] * share
+                first += batch_size * together
+                batches -= 1
+            else:
+                alive = bisect_left(deadlines_s, now_s + shortest_s, first + 1)
+                lost += alive - first
+                first = alive
+        while first < count and batches and lost <= most_lost:
             slack_s = deadlines_s[first] - now_s
             if slack_s < shortest_s:
                 alive = bisect_left(deadlines_s, now_s + shortest_s, first + 1)
                 lost += alive - first
                 first = alive
-                if lost > most_lost:
-                    break
                 continue
             there = count - first + int(rate * (now_s - start_s))
             batch_size = bisect_right(latency_s, slack_s, 2, there + 1 if there < most else most + 1) - 1
-            taken = batch_size * together
-            if taken <= there:
-                now_s += latency_s[batch_size] * share
-                first += taken
-            else:
-                now_s += latency_s[batch_size] * ceil(there / batch_size) / workers
-                first += there
+            batches_now = together if batch_size * together <= there else ceil(there / batch_size)
+            now_s += latency_s[batch_size] * batches_now / self._workers
+            first += min(batch_size * batches_now, there)
             batches -= 1
-            if not batches:
-                break
         self.batches += QUEUE_BATCHES - batches
         if first < count:
             lost += round((count - first) * lost / (first - start))

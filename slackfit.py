@@ -383,7 +383,7 @@ class PaceFit:
         return best
 
     def _ceiling(self, traffic: Traffic, hulls: Sequence[_Hull]) -> float:
-        """Accuracy of the first entry on the hull too slow for recent arrivals: it and the one below are the average."""
+        """Accuracy of the first entry on the hull too slow for recent arrivals: it and the one below make the mean."""
         half_s = traffic.shortest_slo_s / 2
         arriving = EXPECTED * traffic.rate * half_s / self._workers if traffic.rate else 0.0
         batch_size = min(max(1, round(arriving)), len(hulls) - 1)
