@@ -148,13 +148,19 @@ def drop_early(now_s: float, queue: QueueView, latency_s: Sequence[float], traff
     ahead = _Ahead(now_s, deadlines_s, latency_s, traffic, workers)
     fewest, soonest_s = ahead.losses(first, count)
     # From the largest on: its simulation is the shortest, and what it finds cuts the others short.
+    simulated, batches = first, ahead.batches
     for size in _sizes_to_wait_for(len(latency_s) - 1) if fewest else ():
         if ahead.batches > ALL_BATCHES:
             break
         start = ahead.first_with_slack(first, size)
         if start - first >= fewest:
             continue
+        if start == simulated:  # would find the same, and is counted as if it had
+            ahead.batches += batches
+            continue
+        simulated, batches = start, ahead.batches
         lost, cleared_s = ahead.losses(start, fewest - (start - first))
+        batches = ahead.batches - batches
         if (start - first + lost, cleared_s) < (fewest, soonest_s):
             best, fewest, soonest_s = start, start - first + lost, cleared_s
     return _rest(now_s, deadlines_s, best)
