@@ -67,10 +67,13 @@ class Loop(slackfit.Policy):
     name = CONTROL
 
     def __init__(self) -> None:
-        self._turns, least_us = 100, 0.0
-        while least_us < CONTROL_US:
+        self._turns = 100
+        while self.least_us() < CONTROL_US:
             self._turns += self._turns // 10
-            least_us = min(self._timed_us() for _ in range(50))
+
+    def least_us(self) -> float:
+        """Undisturbed: the least of several."""
+        return min(self._timed_us() for _ in range(50))
 
     def _timed_us(self) -> float:
         started_s = time.perf_counter()
