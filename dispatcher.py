@@ -165,7 +165,10 @@ class DeadlineHeap:
 
     def slowed_deadlines_s(self, now_s: float, factor: float) -> Sequence[float]:
         """All deadlines, ascending, slack divided by the factor."""
-        return array("d", (now_s + (np.frombuffer(self._deadlines_s) - now_s) / factor).tobytes())
+        slowed_s = np.frombuffer(self._deadlines_s) - now_s
+        slowed_s /= factor
+        slowed_s += now_s
+        return array("d", slowed_s.tobytes())
 
 
 # ---------------------------------------------------------------------------------------------------------- dispatcher
@@ -181,7 +184,7 @@ class Batch:
     ended: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: made by each decision, and frozen ones take three times as long to make
 class SlowedQueue:
     """The waiting queries as a policy must see them while batches take ``factor`` times as long as the table says.
 
@@ -198,7 +201,8 @@ class SlowedQueue:
     @property
     def head_deadline_s(self) -> float:
         """When the most urgent query is due, slack shortened."""
-        return self.now_s + (self.heap.head_deadline_s - self.now_s) / self.factor
+        now_s = self.now_s
+        return now_s + (self.heap.head_deadline_s - now_s) / self.factor
 
     def deadlines_s(self) -> Sequence[float]:
         """All deadlines, ascending, slack shortened."""
@@ -584,7 +588,8 @@ class Dispatcher:
         self.slowdown = min(max(1.0, followed), MOST_SLOWDOWN)
 
     def _queue(self, now_s: float) -> DeadlineHeap | SlowedQueue:
-        return self.heap if self._stretch < 1.01 else SlowedQueue(self.heap, now_s, self._stretch)
+        stretch = self._stretch
+        return self.heap if stretch < 1.01 else SlowedQueue(self.heap, now_s, stretch)
 
     @property
     def _stretch(self) -> float:
@@ -609,9 +614,7 @@ class Dispatcher:
     def _may_use(entry: Entry, query: Query) -> bool:
         return query.min_accuracy <= entry.accuracy and query.choice in (None, entry.name)
 
-    def _count(
-        self, query: Query, outcome: str, answer: Answer | None = None, now_s: float | None = None
-    ) -> None:
+    def _count(self, query: Query, outcome: str, answer: Answer | None = None, now_s: float | None = None) -> None:
         self.counters[outcome] += 1
         now_s = self.clock() if now_s is None else now_s
         for observer in self.observers:

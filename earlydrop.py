@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, inf
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 # ------------------------------------------------------------------------------------------------------- what is known
 
@@ -33,7 +33,7 @@ class QueueView(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: made by each decision, and frozen ones take three times as long to make
 class Rest:
     """What is left of the queue once some of its most urgent queries are given up."""
 
@@ -53,11 +53,10 @@ def drop_hopeless(now_s: float, queue: QueueView, latency_s: Sequence[float]) ->
     if slack_s >= latency_s[1]:
         return Rest(0, len(queue), slack_s)
     deadlines_s = queue.deadlines_s()
-    return _rest(now_s, deadlines_s, _hopeless(now_s, deadlines_s, latency_s))
+    return _rest(now_s, deadlines_s, _hopeless(now_s, deadlines_s, latency_s[1]))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Traffic:
+class Traffic(NamedTuple):
     """Arrivals of late: queries a second, and the SLOs of the last 64; infinite SLOs before the first."""
 
     rate: float  # over 400 ms
@@ -93,32 +92,32 @@ class Arrivals:
 
     def traffic(self, now_s: float) -> Traffic:
         """What they amount to now."""
-        slos_s, rate = self._slos_s, self._lately.rate(now_s)
-        return Traffic(
-            rate=rate,
-            highest_rate=max(rate, self._just_now.rate(now_s)),
-            shortest_slo_s=min(slos_s, default=inf),
-            mean_slo_s=sum(slos_s) / len(slos_s) if slos_s else inf,
-            slos_s=slos_s,
-        )
+        slos_s, rate, just_now = self._slos_s, self._lately.rate(now_s), self._just_now.rate(now_s)
+        if not slos_s:
+            return Traffic(rate, just_now, inf, inf, slos_s)
+        return Traffic(rate, just_now if just_now > rate else rate, min(slos_s), sum(slos_s) / len(slos_s), slos_s)
 
 
 class _Window:
     """Instants of the last ``length_s``, or of the time since the first but not much less than that."""
 
     def __init__(self, length_s: float) -> None:
-        self._length_s = length_s
+        self._length_s, self._least_s = length_s, length_s / 8
         self._instants_s: deque[float] = deque()
         self._first_s = inf
 
     def add(self, now_s: float) -> None:
-        self._first_s = min(self._first_s, now_s)
+        if now_s < self._first_s:
+            self._first_s = now_s
         self._instants_s.append(now_s)
         self._forget_before(now_s - self._length_s)  # here too, so that decisions find little to forget
 
     def rate(self, now_s: float) -> float:
         self._forget_before(now_s - self._length_s)
-        return len(self._instants_s) / max(self._length_s / 8, min(self._length_s, now_s - self._first_s))
+        lasted_s = now_s - self._first_s
+        if lasted_s >= self._length_s:
+            return len(self._instants_s) / self._length_s
+        return len(self._instants_s) / max(self._least_s, lasted_s)
 
     def _forget_before(self, oldest_s: float) -> None:
         instants_s = self._instants_s
@@ -142,20 +141,26 @@ def drop_early(now_s: float, queue: QueueView, latency_s: Sequence[float], traff
     next has slack for a batch of a certain size; the one that loses the fewest is taken.
     """
     slack_s, count = queue.head_deadline_s - now_s, len(queue)
-    if largest_batch(latency_s, slack_s, count) == count:
+    if count < len(latency_s) and latency_s[count] <= slack_s:
         return Rest(0, count, slack_s)
     deadlines_s = queue.deadlines_s()
-    first = best = _hopeless(now_s, deadlines_s, latency_s)
+    first = best = 0 if slack_s >= latency_s[1] else _hopeless(now_s, deadlines_s, latency_s[1])
     ahead = _Ahead(now_s, deadlines_s, latency_s, traffic, workers)
     fewest, soonest_s = ahead.losses(first, count)
     # From the largest on: its simulation is the shortest, and what it finds cuts the others short.
+    simulated, batches = first, ahead.batches
     for size in _sizes_to_wait_for(len(latency_s) - 1) if fewest else ():
         if ahead.batches > ALL_BATCHES:
             break
         start = ahead.first_with_slack(first, size)
         if start - first >= fewest:
             continue
+        if start == simulated:  # would find the same, and is counted as if it had
+            ahead.batches += batches
+            continue
+        simulated, batches = start, ahead.batches
         lost, cleared_s = ahead.losses(start, fewest - (start - first))
+        batches = ahead.batches - batches
         if (start - first + lost, cleared_s) < (fewest, soonest_s):
             best, fewest, soonest_s = start, start - first + lost, cleared_s
     return _rest(now_s, deadlines_s, best)
@@ -170,6 +175,7 @@ class _Ahead:
         self._now_s, self._deadlines_s, self._latency_s, self._workers = now_s, deadlines_s, latency_s, workers
         self._slo_s, self._rate = traffic.mean_slo_s, traffic.bearable_rate(latency_s, workers)
         self._together = (workers + 1) // 2  # so many batches are simulated as one: looking ahead costs no more then
+        self._share = self._together / workers
         self.batches = 0  # simulated so far
 
     def first_with_slack(self, first: int, size: int) -> int:
@@ -190,10 +196,24 @@ class _Ahead:
 
         What is beyond the batches that are simulated is taken to be lost in the same proportion.
         """
-        now_s, start, lost, batches, rate = self._now_s, first, 0, QUEUE_BATCHES, self._rate
-        deadlines_s, latency_s, shortest_s = self._deadlines_s, self._latency_s, self._latency_s[1]
-        count, most, workers, together = len(deadlines_s), len(latency_s) - 1, self._workers, self._together
-        # For speed without helpers: these two loops are most of the time that a decision takes in overload.
+        start_s = now_s = self._now_s
+        start, lost, batches, rate = first, 0, QUEUE_BATCHES, self._rate
+        deadlines_s, latency_s, together, share = self._deadlines_s, self._latency_s, self._together, self._share
+        count, most, shortest_s = len(deadlines_s), len(latency_s) - 1, latency_s[1]
+        # For speed without helpers: these loops are most of the time that a decision takes in overload. While the queue
+        # fills the largest batches, what arrives meanwhile does not matter.
+        filled = count - most * together
+        while first <= filled and batches and lost <= most_lost:
+            slack_s = deadlines_s[first] - now_s
+            if slack_s >= shortest_s:
+                batch_size = bisect_right(latency_s, slack_s, 2) - 1
+                now_s += latency_s[batch_size] * share
+                first += batch_size * together
+                batches -= 1
+            else:
+                alive = bisect_left(deadlines_s, now_s + shortest_s, first + 1)
+                lost += alive - first
+                first = alive
         while first < count and batches and lost <= most_lost:
             slack_s = deadlines_s[first] - now_s
             if slack_s < shortest_s:
@@ -201,18 +221,18 @@ class _Ahead:
                 lost += alive - first
                 first = alive
                 continue
-            there = count - first + int(rate * (now_s - self._now_s))
-            batch_size = bisect_right(latency_s, slack_s, 2, (there if there < most else most) + 1) - 1
+            there = count - first + int(rate * (now_s - start_s))
+            batch_size = bisect_right(latency_s, slack_s, 2, there + 1 if there < most else most + 1) - 1
             batches_now = together if batch_size * together <= there else ceil(there / batch_size)
-            now_s += latency_s[batch_size] * batches_now / workers
-            first += batch_size * batches_now if batch_size * batches_now < there else there
+            now_s += latency_s[batch_size] * batches_now / self._workers
+            first += min(batch_size * batches_now, there)
             batches -= 1
         self.batches += QUEUE_BATCHES - batches
         if first < count:
             lost += round((count - first) * lost / (first - start))
         if not rate or lost > most_lost:
             return lost, now_s
-        more, after_s = self._losses_of_expected(now_s - self._now_s, max(0, first - count))
+        more, after_s = self._losses_of_expected(now_s - start_s, first - count if first > count else 0)
         return lost + more, now_s + after_s
 
     def _losses_of_expected(self, busy_s: float, taken: int) -> tuple[int, float]:
@@ -220,7 +240,7 @@ class _Ahead:
         latency_s, rate, slo_s, start_s = self._latency_s, self._rate, self._slo_s, busy_s
         lost, batches, expected = 0, EXPECTED_BATCHES, int(rate * slo_s)
         most, shortest_s, enough_s = len(latency_s) - 1, latency_s[1], 0.6 * slo_s
-        workers, together = self._workers, self._together
+        together, share = self._together, self._share
         while taken < expected:
             arrival_s = (taken + 1) / rate
             if arrival_s > busy_s:
@@ -237,10 +257,14 @@ class _Ahead:
                 taken = alive
                 continue
             there = int(rate * busy_s) - taken or 1
-            batch_size = bisect_right(latency_s, slack_s, 2, (there if there < most else most) + 1) - 1
-            batches_now = together if batch_size * together <= there else ceil(there / batch_size)
-            busy_s += latency_s[batch_size] * batches_now / workers
-            taken += batch_size * batches_now if batch_size * batches_now < there else there
+            batch_size = bisect_right(latency_s, slack_s, 2, there + 1 if there < most else most + 1) - 1
+            at_once = batch_size * together
+            if at_once <= there:
+                busy_s += latency_s[batch_size] * share
+                taken += at_once
+            else:
+                busy_s += latency_s[batch_size] * ceil(there / batch_size) / self._workers
+                taken += there
             batches -= 1
         self.batches += EXPECTED_BATCHES - batches
         return lost, busy_s - start_s
@@ -257,6 +281,11 @@ def _rest(now_s: float, deadlines_s: Sequence[float], given_up: int) -> Rest:
     return Rest(given_up, count, deadlines_s[given_up] - now_s if count else 0.0)
 
 
-def _hopeless(now_s: float, deadlines_s: Sequence[float], latency_s: Sequence[float]) -> int:
-    # Compares slack, as largest_batch does: the rounding of now + latency could call the same query hopeless or not.
-    return bisect_left(deadlines_s, latency_s[1], key=lambda deadline_s: deadline_s - now_s)
+def _hopeless(now_s: float, deadlines_s: Sequence[float], shortest_s: float) -> int:
+    """How many have less slack than that."""
+    first, count = bisect_left(deadlines_s, now_s + shortest_s), len(deadlines_s)
+    # What counts is slack, as largest_batch compares it; the rounding of now + latency may differ by those at the edge.
+    has_all = not first or deadlines_s[first - 1] - now_s < shortest_s
+    if has_all and (first == count or deadlines_s[first] - now_s >= shortest_s):
+        return first
+    return bisect_left(deadlines_s, shortest_s, key=lambda deadline_s: deadline_s - now_s)

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from earlydrop import Arrivals, QueueView, Rest, Traffic, drop_early, drop_hopeless, largest_batch
 from profiletable import (
@@ -55,8 +55,7 @@ class PolicyError(ValueError):
 # -------------------------------------------------------------------------------------------------- what policies share
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """Give up this many of the most urgent queries, then run the entry (None: nothing) on the most urgent left."""
 
     give_up: int
@@ -92,12 +91,15 @@ class Policy(Protocol):
 DEFAULT_BUCKETS = 16
 
 
-@dataclass(frozen=True, slots=True)
-class _Answers:
-    """SlackFit's answers: ``best[i][j]`` if choice i is the slowest that fits and j batch sizes are below the queue."""
+class _Answers(NamedTuple):
+    """SlackFit's answers: ``best[i][n]`` if choice i is the slowest that fits, n queries wait and none is given up.
 
+    The last of each row is for all longer queues.
+    """
+
+    shortest_s: float  # what a query needs at least
     latencies_s: tuple[float, ...]  # of the choices, ascending
-    best: tuple[tuple[tuple[Entry, int], ...], ...]
+    best: tuple[tuple[Decision, ...], ...]
 
 
 class SlackFit(Policy):
@@ -106,7 +108,7 @@ class SlackFit(Policy):
     All choices (entry, profiled batch size) are put into buckets evenly spaced by latency. The slack of the most urgent
     query picks the bucket closest to it from below; in the bucket, the largest batch that the queue can fill wins, and
     among equals the most accurate. The slowest choice that fits the slack is always in that bucket, so that all answers
-    can be tabled by that choice and by which batch sizes the queue can fill.
+    can be tabled by that choice and by the length of the queue.
     """
 
     def __init__(self, table: ProfileTable, buckets: int = DEFAULT_BUCKETS) -> None:
@@ -121,35 +123,47 @@ class SlackFit(Policy):
         self._table = table
         self._least_s = min(entry.latency_s[1] for entry in table.entries)
         self._width_s = (max(entry.latency_s[-1] for entry in table.entries) - self._least_s) / self._buckets
-        self._plans = {0: self._plan(0)}
+        self._answers = {0: self._tabled(0)}
         return True
 
     def decide(self, now_s: float, queue: QueueView, lowest: int = 0) -> Decision:
-        """Two look-ups by bisection; the first decision at an accuracy floor also tables its answers."""
-        rest = drop_hopeless(now_s, queue, self._table.entries[lowest].latency_s)
-        if not rest.count:
-            return Decision(rest.given_up, None, 0)
-        if lowest not in self._plans:
-            self._plans[lowest] = self._plan(lowest)
-        plan = self._plans[lowest]
-        slowest = bisect_right(plan.latencies_s, rest.slack_s) - 1
-        entry, batch_size = plan.best[slowest][bisect_left(self._table.batch_sizes, rest.count)]
-        return Decision(rest.given_up, entry, min(batch_size, rest.count))
+        """Two look-ups; the first decision at an accuracy floor also tables its answers."""
+        answers = self._answers.get(lowest)
+        if answers is None:
+            answers = self._answers[lowest] = self._tabled(lowest)
+        given_up, count, slack_s = 0, len(queue), queue.head_deadline_s - now_s
+        if slack_s < answers.shortest_s:
+            rest = drop_hopeless(now_s, queue, self._table.entries[lowest].latency_s)
+            given_up, count, slack_s = rest.given_up, rest.count, rest.slack_s
+            if not count:
+                return Decision(given_up, None, 0)
+        row = answers.best[bisect_right(answers.latencies_s, slack_s) - 1]
+        decision = row[count] if count < len(row) else row[-1]
+        return Decision(given_up, decision.entry, decision.batch_size) if given_up else decision
 
-    def _plan(self, lowest: int) -> _Answers:
-        sizes = self._table.batch_sizes
-        pairs = [(entry, size) for entry in self._table.entries[lowest:] for size in sizes]
-        pairs.sort(key=lambda pair: pair[0].latency_s[pair[1]])
-        latencies_s = tuple(entry.latency_s[size] for entry, size in pairs)
+    def _tabled(self, lowest: int) -> _Answers:
+        entries, sizes = self._table.entries, self._table.batch_sizes
+        pairs = [(index, size) for index in range(lowest, len(entries)) for size in sizes]
+        pairs.sort(key=lambda pair: entries[pair[0]].latency_s[pair[1]])
+        latencies_s = tuple(entries[index].latency_s[size] for index, size in pairs)
         # What a queue can fill: exactly one of the sizes or, at the end, more than the largest.
         fillable = (*sizes, sizes[-1] + 1)
-        rows: list[tuple[tuple[Entry, int], ...]] = []
+        rows: list[tuple[tuple[int, int], ...]] = []
         bucket = -1
         for pair, latency_s in zip(pairs, latencies_s, strict=True):
             previous, bucket = bucket, self._bucket(latency_s)
             rivals = rows[-1] if bucket == previous else (pair,) * len(fillable)
             rows.append(tuple(_better(rival, pair, queued) for rival, queued in zip(rivals, fillable, strict=True)))
-        return _Answers(latencies_s, tuple(rows))
+        # By the length of the queue; many rows are alike.
+        by_length = [bisect_left(sizes, length) for length in range(sizes[-1] + 2)]
+        alike = {
+            row: tuple(self._decision(row[place], length) for length, place in enumerate(by_length))
+            for row in dict.fromkeys(rows)
+        }
+        return _Answers(entries[lowest].latency_s[1], latencies_s, tuple(alike[row] for row in rows))
+
+    def _decision(self, pair: tuple[int, int], queued: int) -> Decision:
+        return Decision(0, self._table.entries[pair[0]], min(pair[1], queued))
 
     def _bucket(self, latency_s: float) -> int:
         if not self._width_s:
@@ -157,11 +171,9 @@ class SlackFit(Policy):
         return min(int((latency_s - self._least_s) / self._width_s), self._buckets - 1)
 
 
-def _better(one: tuple[Entry, int], other: tuple[Entry, int], queued: int) -> tuple[Entry, int]:
-    def merit(pair: tuple[Entry, int]) -> tuple[int, float]:
-        return min(pair[1], queued), pair[0].accuracy
-
-    return max(one, other, key=merit)
+def _better(one: tuple[int, int], other: tuple[int, int], queued: int) -> tuple[int, int]:
+    """Of two choices, entry (by accuracy ascending) and batch size, that for so many queries; the first if equal."""
+    return max(one, other, key=lambda pair: (min(pair[1], queued), pair[0]))
 
 
 class FixedSubnet(Policy):
@@ -333,56 +345,50 @@ class PaceFit:
     def decide(self, now_s: float, queue: QueueView, lowest: int = 0) -> Decision:
         """Early drop, then the best entry for what is left; the first at an accuracy floor also tables its hulls."""
         cheapest, traffic, queue = self._table.entries[lowest], self._arrivals.traffic(now_s), _Once(queue)
-        if lowest not in self._hulls:
-            self._hulls[lowest] = _hulls(self._table.entries[lowest:])
+        hulls = self._hulls.get(lowest)
+        if hulls is None:
+            hulls = self._hulls[lowest] = _hulls(self._table.entries[lowest:])
         rest = drop_early(now_s, queue, cheapest.latency_s, traffic, self._workers)
         if rest.given_up:
             self._overloads.add(now_s, traffic.shortest_slo_s)
         if not rest.count:
             return Decision(rest.given_up, None, 0)
-        plan = _Plan(
-            now_s=now_s, queue=queue, rest=rest, cheapest=cheapest, traffic=traffic, workers=self._workers,
-            most_batches=self._planned, cap_s=self._share * traffic.shortest_slo_s,
-            reserve=self._reserve(traffic, cheapest),
-        )  # fmt: skip
-        entry, batch_size = self._best(plan, self._hulls[lowest])
+        hull = hulls[rest.count if rest.count < len(hulls) else -1]
+        best = None
+        if rest.count <= self._planned * (len(hulls) - 1):  # else no plan clears the queue
+            plan = _Plan(
+                now_s, queue, rest, self._share * traffic.shortest_slo_s, self._workers, self._planned, traffic,
+                self._reserve(traffic, cheapest),
+            )  # fmt: skip
+            best = self._best(plan, hull, self._ceiling(traffic, hulls))
+        entry, batch_size = best or _last_resort(rest, hull.entries[0], cheapest)
         return Decision(rest.given_up, entry, batch_size)
 
-    def _best(self, plan: _Plan, hulls: Sequence[Sequence[Entry]]) -> tuple[Entry, int]:
-        """Of the entries on the hull and below the ceiling that clear the queue, the one worth most."""
-        hull, ceiling = hulls[min(plan.rest.count, len(hulls) - 1)], self._ceiling(plan.traffic, hulls)
-        cheapest = hull[0]
-        charge = self._charge(plan.now_s, plan.traffic, cheapest)
-        best, most = self._last_resort(plan, cheapest), -inf
-        for entry in reversed(hull):
-            limit_s = plan.rest.slack_s if entry is cheapest else min(plan.rest.slack_s, plan.cap_s)
-            batch_size = largest_batch(entry.latency_s, limit_s, plan.rest.count)
-            if not batch_size or entry.accuracy > ceiling.accuracy:
+    def _best(self, plan: _Plan, hull: _Hull, ceiling: float) -> tuple[Entry, int] | None:
+        """Of the entries on the hull and no more accurate than the ceiling that clear the queue, the one worth most."""
+        rest, best, most = plan.rest, None, -inf
+        charge = self._charge(plan.now_s, plan.traffic, hull.entries[0])
+        for index in range(bisect_right(hull.accuracies, ceiling) - 1, -1, -1):
+            entry = hull.entries[index]
+            limit_s = min(rest.slack_s, plan.cap_s) if index else rest.slack_s
+            batch_size = largest_batch(entry.latency_s, limit_s, rest.count)
+            if not batch_size:
                 continue
             busy_s = plan.busy_s(entry.latency_s, batch_size)
-            worth = plan.rest.count * entry.accuracy - charge * busy_s**2 if busy_s < inf else -inf
+            worth = rest.count * entry.accuracy - charge * busy_s**2 if busy_s < inf else -inf
             if worth > most:
                 best, most = (entry, batch_size), worth
                 if not charge:
                     break
         return best
 
-    @staticmethod
-    def _last_resort(plan: _Plan, cheapest: Entry) -> tuple[Entry, int]:
-        """As much as fits. Where rows cross, the fastest at the queue's size may be too slow for even one query."""
-        for entry in (cheapest, plan.cheapest):
-            batch_size = largest_batch(entry.latency_s, plan.rest.slack_s, plan.rest.count)
-            if batch_size:
-                break
-        return entry, batch_size
-
-    def _ceiling(self, traffic: Traffic, hulls: Sequence[Sequence[Entry]]) -> Entry:
-        """The first entry on the hull too slow for the recent arrivals: it and the one below make the average."""
+    def _ceiling(self, traffic: Traffic, hulls: Sequence[_Hull]) -> float:
+        """Accuracy of the first entry on the hull too slow for recent arrivals: it and the one below make the mean."""
         half_s = traffic.shortest_slo_s / 2
         arriving = EXPECTED * traffic.rate * half_s / self._workers if traffic.rate else 0.0
         batch_size = min(max(1, round(arriving)), len(hulls) - 1)
         hull = hulls[batch_size]
-        return next((entry for entry in hull if entry.latency_s[batch_size] > half_s), hull[-1])
+        return hull.accuracies[min(bisect_right(hull.latencies_s, half_s), len(hull.entries) - 1)]
 
     def _reserve(self, traffic: Traffic, cheapest: Entry) -> float:
         """The share of a plan's time to be kept free for those who arrive meanwhile: about the load, 1 being all."""
@@ -392,7 +398,9 @@ class PaceFit:
     def _charge(self, now_s: float, traffic: Traffic, cheapest: Entry) -> float:
         """What a second of delay, squared, costs: it meets the start of an overload and holds up its queries."""
         overloads = self._overloads.rate(now_s)
-        fits = largest_batch(cheapest.latency_s, traffic.shortest_slo_s, self._table.max_batch) if overloads else 0
+        if not overloads:
+            return 0.0
+        fits = largest_batch(cheapest.latency_s, traffic.shortest_slo_s, self._table.max_batch)
         return HEDGE / 2 * overloads * cheapest.accuracy * fits / cheapest.latency_s[fits] if fits else 0.0
 
 
@@ -411,14 +419,21 @@ class ClearFit(PaceFit):
         self._planned = workers
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Plan:
+def _last_resort(rest: Rest, *cheapest: Entry) -> tuple[Entry, int]:
+    """As much as fits. Where rows cross, the fastest at the queue's size may be too slow for even one query."""
+    for entry in cheapest:
+        batch_size = largest_batch(entry.latency_s, rest.slack_s, rest.count)
+        if batch_size:
+            break
+    return entry, batch_size
+
+
+class _Plan(NamedTuple):
     """What PaceFit knows when it decides, and whether batches of one entry would do."""
 
     now_s: float
     queue: QueueView
     rest: Rest
-    cheapest: Entry  # that early drop counts on
     cap_s: float  # on the length of a batch
     workers: int
     most_batches: int
@@ -429,7 +444,10 @@ class _Plan:
         """How long batches at these latencies, the first of this size, take to clear the queue; infinite if late."""
         if batch_size >= self.rest.count:
             return latency_s[batch_size]
-        deadlines_s, given_up, count = self.queue.deadlines_s(), self.rest.given_up, self.rest.count
+        given_up, count = self.rest.given_up, self.rest.count
+        if count > batch_size + (self.most_batches - 1) * (len(latency_s) - 1):
+            return inf
+        deadlines_s = self.queue.deadlines_s()
         busy_s, planned = latency_s[batch_size] / self.workers, batch_size
         overtakers = self.traffic.rate * busy_s / batch_size  # time that they take, by time to arrive
         for _ in range(self.most_batches):
@@ -437,8 +455,12 @@ class _Plan:
                 return busy_s
             slack_s = deadlines_s[given_up + planned] - self.now_s
             batch_size = largest_batch(latency_s, self.cap_s, count - planned)
-            done_s = (busy_s + latency_s[batch_size]) + overtakers * self.traffic.overtaking_s(slack_s)
+            done_s = busy_s + latency_s[batch_size]
+            # Who overtakes takes long to find out, and can only make it later.
             if not batch_size or done_s * (1 + self.reserve) > slack_s:
+                return inf
+            done_s += overtakers * self.traffic.overtaking_s(slack_s)
+            if done_s * (1 + self.reserve) > slack_s:
                 return inf
             busy_s += latency_s[batch_size] / self.workers
             planned += batch_size
@@ -446,18 +468,16 @@ class _Plan:
 
 
 class _Once:
-    """A queue that is asked for its deadlines once at most."""
+    """A queue that is asked once at most for each thing."""
+
+    __slots__ = ("_count", "_deadlines_s", "_queue", "head_deadline_s")
 
     def __init__(self, queue: QueueView) -> None:
-        self._queue = queue
+        self._queue, self._count, self.head_deadline_s = queue, len(queue), queue.head_deadline_s
         self._deadlines_s: Sequence[float] | None = None
 
     def __len__(self) -> int:
-        return len(self._queue)
-
-    @property
-    def head_deadline_s(self) -> float:
-        return self._queue.head_deadline_s
+        return self._count
 
     def deadlines_s(self) -> Sequence[float]:
         if self._deadlines_s is None:
@@ -483,12 +503,20 @@ class _Overloads:
         return len(self._began_s) / OVERLOADS_KEPT_S
 
 
-def _hulls(entries: Sequence[Entry]) -> tuple[tuple[Entry, ...], ...]:
-    """By batch size, the entries on the upper concave hull of accuracy over latency, ascending; at 0 as at 1."""
+class _Hull(NamedTuple):
+    """Entries on the upper concave hull of accuracy over latency at one batch size; all ascending."""
+
+    entries: tuple[Entry, ...]
+    accuracies: tuple[float, ...]
+    latencies_s: tuple[float, ...]
+
+
+def _hulls(entries: Sequence[Entry]) -> tuple[_Hull, ...]:
+    """By batch size; at 0 as at 1."""
     return tuple(_hull(entries, max(1, size)) for size in range(len(entries[0].latency_s)))
 
 
-def _hull(entries: Sequence[Entry], size: int) -> tuple[Entry, ...]:
+def _hull(entries: Sequence[Entry], size: int) -> _Hull:
     def below(middle: Entry, left: Entry, right: Entry) -> bool:
         start_s, step_s, whole_s = (entry.latency_s[size] for entry in (left, middle, right))
         gained, most = middle.accuracy - left.accuracy, right.accuracy - left.accuracy
@@ -501,7 +529,7 @@ def _hull(entries: Sequence[Entry], size: int) -> tuple[Entry, ...]:
         while len(kept) > 1 and below(kept[-1], kept[-2], entry):
             kept.pop()
         kept.append(entry)
-    return tuple(kept)
+    return _Hull(tuple(kept), tuple(entry.accuracy for entry in kept), tuple(entry.latency_s[size] for entry in kept))
 
 
 # ---------------------------------------------------------------------------------------------------------------- names

@@ -205,10 +205,13 @@ def simulate(
     answer_s: float = 0.0,
     max_queue: int = MAX_QUEUE,
     margin: float = 0.0,
+    floors: ArrayLike = 0.0,
     seed: int = 0,
     progress: Callable[[int], object] | None = None,
 ) -> Results:
     """Serve the ascending arrivals, with one SLO or one for each, under a policy made for this table and run only once.
+
+    Of ``floors``, the least accuracy that a query accepts, there is also one or one for each.
 
     Batches take the latencies of ``service``, by default those that the policy plans with. An answer leaves
     ``answer_s`` after its batch is done; ``margin`` is the dispatcher's. ``progress`` is told of arrivals, some
@@ -223,10 +226,15 @@ def simulate(
     for outage in noise.outages:
         if not 0 <= outage.worker < workers:
             raise SimulationError(f"no worker {outage.worker}: there are {workers}, from 0 on")
+    least = np.broadcast_to(np.asarray(floors, np.float64), arrivals.shape)
+    best = table.most_accurate.accuracy
+    if not ((least >= 0) & (least <= best)).all():
+        raise SimulationError(f"accuracy floors must be from 0 to {best:g}, what the most accurate entry reaches")
     service = service or {entry.name: entry.latency_s for entry in table.entries}
     machine = _Workers(workers, service, noise, np.random.default_rng(seed))
     settings = {"max_queue": max_queue, "margin": margin}
-    return _Run(arrivals, slos_s, table, policy, machine, answer_s, settings).play(progress or (lambda _: None))
+    run = _Run(arrivals, slos_s, least, table, policy, machine, answer_s, settings)
+    return run.play(progress or (lambda _: None))
 
 
 class _Slot:
@@ -317,6 +325,7 @@ class _Run:
         self,
         arrivals: workloads.Arrivals,
         slos_s: NDArray[np.float64],
+        floors: NDArray[np.float64],
         table: ProfileTable,
         policy: Policy,
         workers: _Workers,
@@ -328,7 +337,7 @@ class _Run:
         self._workers = workers
         self._answer_s = answer_s
         # Python's own floats: those of numpy are several times slower one by one.
-        self._arrivals_s, self._slos_s = [*arrivals.tolist(), math.inf], slos_s.tolist()
+        self._arrivals_s, self._slos_s, self._floors = [*arrivals.tolist(), math.inf], slos_s.tolist(), floors.tolist()
         self._next = 0
         self._rows = np.zeros((table.max_batch, 1), np.float32)
         self._index = {entry.name: index for index, entry in enumerate(table.entries)}
@@ -371,8 +380,9 @@ class _Run:
         position = self._next
         self._next += 1
         query = Query(
-            input=NO_INPUT, arrival_s=self._arrivals_s[position], slo_s=self._slos_s[position], reply=_Slot(position)
-        )
+            input=NO_INPUT, arrival_s=self._arrivals_s[position], slo_s=self._slos_s[position], reply=_Slot(position),
+            min_accuracy=self._floors[position],
+        )  # fmt: skip
         with contextlib.suppress(QueueFull, DeadlineExceeded):  # the dispatcher has counted it
             self._dispatcher.submit(query)
 
@@ -506,6 +516,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--service", choices=("p99", "p50"), default="p99", help="which latency batches really take")
     parser.add_argument("--answer-ms", type=float, default=0.0, metavar="MS", help="from a batch's end to its answers")
     parser.add_argument("--margin", type=float, default=0.0, help="plan with longer latencies; the server's is 0.3")
+    parser.add_argument(
+        "--floors", type=float, nargs="+", default=[0.0], metavar="ACCURACY",
+        help="least accuracy, 0 to 1; several: each query draws one of them",
+    )  # fmt: skip
     parser.add_argument("--sigma", type=float, default=0.0, help="of a lognormal factor on each batch's time")
     parser.add_argument(
         "--stragglers", type=float, nargs=2, default=(0.0, 2.0), metavar=("PROBABILITY", "FACTOR"),
@@ -546,7 +560,8 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
             arrivals, slos_s, table, policy,
             workers=options.workers, service=load_medians(options.table) if options.service == "p50" else None,
             noise=make_noise(options), answer_s=options.answer_ms / 1e3, max_queue=options.max_queue,
-            margin=options.margin, seed=options.seed, progress=bar.update,
+            margin=options.margin, floors=np.random.default_rng(options.seed).choice(options.floors, len(arrivals)),
+            seed=options.seed, progress=bar.update,
         )  # fmt: skip
         cpu_s = time.process_time() - started_s
     return {

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import superserve
 from profiletable import ProfileError, ProfileTable
@@ -63,6 +65,36 @@ def test_workers_run_at_the_same_time(table: ProfileTable) -> None:
 
 def test_the_same_dispatcher_decides() -> None:
     assert simulator.Dispatcher is superserve.Dispatcher
+
+
+@given(
+    spec=st.sampled_from([*(name for name in POLICIES if ":" not in name), "slackfit:3", "fixed:largest", "fixed:s4"]),
+    workers=st.integers(1, 3),
+    load=st.sampled_from([0.3, 0.8, 2.0]),
+    floors=st.lists(st.sampled_from([0.0, 0.7, 0.7669, 0.78, 0.7944, 0.8016]), min_size=1, max_size=4),
+    margin=st.sampled_from([0.0, 0.3]),
+    seed=st.integers(0, 2**16),
+)
+def test_every_policy_runs_each_batch_at_or_above_the_highest_floor_in_it(
+    table: ProfileTable, spec: str, workers: int, load: float, floors: list[float], margin: float, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    arrivals = workloads.gamma(2700 * load * workers, 4, 0.02, seed=seed)
+    least, slos_s = rng.choice(floors, len(arrivals)), rng.choice([0.6, 1.0, 2.8], len(arrivals)) * SLO_S
+    policy = make_policy(spec, table, workers)
+    results = simulate(arrivals, slos_s, table, policy, workers=workers, floors=least, margin=margin, seed=seed)
+    answered = results.answered
+    assert (results.accuracy[answered] >= least[answered]).all()
+    assert sum(results.outcomes.values()) == len(arrivals)
+    # Honoured by answering, not by giving up whoever has a floor: those who come alone have all the time they need.
+    if len(arrivals) and not spec.startswith("fixed"):
+        alone = simulate(np.arange(4.0), SLO_S, table, make_policy(spec, table), floors=sorted(floors)[-1])
+        assert alone.attainment == 1
+
+
+def test_a_floor_above_all_entries_cannot_be_simulated(table: ProfileTable) -> None:
+    with pytest.raises(SimulationError, match=r"accuracy floors must be from 0 to 0.8016"):
+        run(table, [1.0], floors=0.9)
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -13,6 +13,7 @@ import pytest
 from conftest import table_of
 from hypothesis import given
 from hypothesis import strategies as st
+from plain_policies import PlainPaceFit
 
 from slackfit import (
     POLICIES,
@@ -460,6 +461,37 @@ def test_where_rows_cross_what_fits_for_one_query_is_run(spec: str) -> None:
     decision = decide(make_policy(spec, table), queue_of(*[3.0] * 8))
     assert decision.entry is table.fastest
     assert decision.batch_size == 1
+
+
+@given(st.sampled_from(["clearfit", "pacefit"]), st.sampled_from([1, 1, 2, 3, 8]), st.integers(0, 2**32), st.booleans())
+def test_pacefit_and_clearfit_decide_as_written_plainly(spec: str, workers: int, seed: int, crossing: bool) -> None:
+    rng = random.Random(seed)
+    table = random_table(rng, crossing)
+    policy = make_policy(spec, table, workers)
+    plain = PlainPaceFit(table, workers, workers if spec == "clearfit" else 16)
+    slos_s = [rng.uniform(0.005, 0.1) * each for each in rng.choice([(1.0,), (0.6, 1.0, 2.8)])]
+    now_s, rate = NOW_S, 10 ** rng.uniform(1, 4)
+    for _ in range(6):
+        earlier_s, now_s = now_s, now_s + rng.choice([0.003, 0.03, 0.3])
+        for at_s in sorted(rng.uniform(earlier_s, now_s) for _ in range(min(100, round(rate * (now_s - earlier_s))))):
+            plain.arrivals.append((at_s, rng.choice(slos_s)))
+            policy.arrived(*plain.arrivals[-1])
+        spread_s, least_s = slos_s[0] * 10 ** rng.uniform(-1, 1), slos_s[0] * rng.uniform(-0.3, 1)
+        queued = range(round(10 ** rng.uniform(0, 2.3)))
+        queue = Queue(sorted(now_s + least_s + rng.random() * spread_s for _ in queued))
+        lowest = rng.randrange(len(table.entries))
+        assert policy.decide(now_s, queue, lowest) == plain.decide(now_s, queue.deadlines, lowest)
+
+
+def random_table(rng: random.Random, crossing: bool) -> ProfileTable:
+    sizes = SIZES[: rng.randint(1, len(SIZES))]
+    bases, slopes = ([rng.uniform(*span) for _ in range(4)] for span in ((0.5, 6), (0.2, 2)))
+    if not crossing:
+        bases, slopes = sorted(bases), sorted(slopes)
+    return table_of(
+        sizes,
+        *((rng.random(), [base + slope * size for size in sizes]) for base, slope in zip(bases, slopes, strict=True)),
+    )
 
 
 def test_pacefit_decides_as_the_reference_of_the_study(table: ProfileTable) -> None:
