@@ -444,7 +444,7 @@ async def test_shutdown_without_a_close_before_answers_first_and_says_goodbye(na
 async def test_shutdown_waits_for_no_client_that_reads_nothing(
     profile: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("web.stream.CLOSE_S", 0.05)
+    monkeypatch.setattr("web.websocket.CLOSE_S", 0.05)
     async with running(config_of(profile)) as server:
         session = aiohttp.ClientSession()
         socket = await session.ws_connect(f"{server.url}stream")
