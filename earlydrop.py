@@ -112,9 +112,11 @@ class _Window:
         self._first_s = inf
 
     def add(self, now_s: float) -> None:
-        self._first_s = min(self._first_s, now_s)
+        if now_s < self._first_s:
+            self._first_s = now_s
         self._instants_s.append(now_s)
-        self._forget_before(now_s - self._length_s)  # here too, so that decisions find little to forget
+        if self._instants_s[0] < now_s - self._length_s:  # here too, so that decisions find little to forget
+            self._forget_before(now_s - self._length_s)
 
     def rate(self, now_s: float) -> float:
         self._forget_before(now_s - self._length_s)

@@ -23,7 +23,7 @@ import logging
 import math
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -69,9 +69,6 @@ class Answered(Protocol):
 class PendingReply(Protocol):
     """A query on its way; a hashable object of its own."""
 
-    def collect(self) -> Answered | ServeError:
-        """What became of it, once, after it was announced; this is the moment that counts as answering."""
-
     def cancel(self) -> None:
         """Nobody wants its answer any more."""
 
@@ -91,6 +88,12 @@ class StreamServing(Protocol):
     def begin(  # noqa: D102
         self, input: NDArray[Any], arrival_s: float, parameters: Parameters, announce: Callable[[PendingReply], object]
     ) -> PendingReply: ...
+    def begin_all(  # noqa: D102
+        self, inputs: Sequence[NDArray[Any]], arrival_s: float, parameters: Parameters,
+        announce: Callable[[PendingReply], object],
+    ) -> Sequence[PendingReply] | None: ...  # fmt: skip
+    def collect(self, announced: Sequence[Any]) -> Sequence[Answered | ServeError]:
+        """What became of queries, once, after they were announced; this is the moment that counts as answering."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +198,14 @@ class Familiar(NamedTuple):
         if self.dtype != "u1":  # is to lie where its values are aligned
             message, start = message[start:], 0
         return np.frombuffer(message, self.dtype, -1, start).reshape(self.shape)
+
+
+class Alike(NamedTuple):
+    """Messages that came together and differ in ids and payloads only; none yet where nothing is familiar."""
+
+    familiar: Familiar | None
+    ids: list[str]
+    inputs: list[NDArray[Any]]
 
 
 class Headers:
@@ -317,29 +328,51 @@ class Connection:
 
     def receive(self, messages: Iterator[tuple[int, bytearray]]) -> None:
         """Queue what one read brought, until something has to be waited for."""
-        arrival_s, recall, begin = self._serving.clock(), self._headers.recall, self._serving.begin
+        arrival_s, recall, alike = self._serving.clock(), self._headers.recall, Alike(None, [], [])
         # In a flood, what is to be refused is refused in the cheapest way, which comes first in ``_take``.
         plain = not self._draining and not self._serving.flooded
+        room = self._limits.in_flight - self._in_flight
         for kind, data in messages:
-            known = recall(data) if kind == BINARY and plain and self._in_flight < self._limits.in_flight else None
-            if known is None:
+            known = recall(data) if kind == BINARY and plain and len(alike.ids) < room else None
+            if known is not None and known[1] is alike.familiar:
+                alike.ids.append(known[0])
+                alike.inputs.append(known[1].input(data, known[2]))
+                continue
+            self._begin_alike(alike, arrival_s)
+            alike = Alike(None, [], [])
+            if known is not None:
+                alike = Alike(known[1], [known[0]], [known[1].input(data, known[2])])
+            else:
                 self._receive(kind, data, arrival_s)
                 if self.socket.over.done():
                     return
                 if not self._may_read():
                     self.socket.hold()
                     return
-                continue
-            message_id, familiar, start = known
+            room = self._limits.in_flight - self._in_flight
+        self._begin_alike(alike, arrival_s)
+
+    def _begin_alike(self, alike: Alike, arrival_s: float) -> None:
+        """Queue what came together, or one by one what may be refused."""
+        if alike.familiar is None:
+            return
+        parameters, check = alike.familiar.parameters, self._serving.check_input
+        try:
+            inputs = [check(each) for each in alike.inputs]
+            found = self._serving.begin_all(inputs, arrival_s, parameters, self._announce)
+        except ServeError:  # is told below to whom it concerns
+            found = None
+        if found is not None:
+            self._waiting.update(zip(found, alike.ids, strict=True))
+            self._in_flight += len(found)
+            self._idle.clear()
+            return
+        for message_id, input in zip(alike.ids, alike.inputs, strict=True):
             try:
-                input = self._serving.check_input(familiar.input(data, start))
-                self._waiting[begin(input, arrival_s, familiar.parameters, self._announce)] = message_id
+                self._begin(check(input), arrival_s, parameters, message_id)
+                self._accept()
             except ServeError as error:
                 self._tell(error_text(json.loads(message_id), error))
-            else:
-                self._in_flight += 1
-        if self._in_flight:
-            self._idle.clear()
 
     def _may_read(self) -> bool:
         return not self.socket.full and len(self._decoders) <= MOST_DECODING
@@ -374,7 +407,7 @@ class Connection:
             else:
                 input = self._serving.decode_inline(message.payload, message.content_type())
             if input is not None:
-                self._begin(input, arrival_s, parameters, message_id)
+                self._begin(input, arrival_s, parameters, json.dumps(message_id))
                 self._accept()
                 return
         except ServeError as error:
@@ -404,7 +437,7 @@ class Connection:
         try:
             async with self._may_decode:
                 input = await self._serving.decode(message.payload, message.content_type())
-            self._begin(input, arrival_s, parameters, message_id)
+            self._begin(input, arrival_s, parameters, json.dumps(message_id))
         except ServeError as error:
             self._post([_framed(error_text(message_id, error))])
 
@@ -412,9 +445,8 @@ class Connection:
         self._decoders.discard(task)
         self.socket.tell_when_taken()  # which goes on with what is held up
 
-    def _begin(self, input: NDArray[Any], arrival_s: float, parameters: Parameters, message_id: MessageId) -> None:
-        pending = self._serving.begin(input, arrival_s, parameters, self._announce)
-        self._waiting[pending] = json.dumps(message_id)
+    def _begin(self, input: NDArray[Any], arrival_s: float, parameters: Parameters, message_id: str) -> None:
+        self._waiting[self._serving.begin(input, arrival_s, parameters, self._announce)] = message_id
 
     def _accept(self) -> None:
         self._in_flight += 1
@@ -430,16 +462,11 @@ class Connection:
     def _collect(self) -> None:
         announced, self._announced = self._announced, []
         try:
-            self._post([self._reply(pending) for pending in announced])
+            ids = [self._waiting.pop(pending) for pending in announced]
+            outcomes = self._serving.collect(announced)
+            self._post([_reply(*each) for each in zip(ids, outcomes, strict=True)])
         except Exception as error:  # noqa: BLE001 nobody foresaw it: whoever runs this connection ends it
             self.socket.fail(error)
-
-    def _reply(self, pending: PendingReply) -> bytes:
-        message_id = self._waiting.pop(pending)
-        outcome = pending.collect()
-        if isinstance(outcome, ServeError):
-            return _framed(error_text(json.loads(message_id), outcome))
-        return _framed(f'{{"id": {message_id}, {outcome.json()[1:]}')
 
     def _post(self, replies: list[bytes]) -> None:
         """Send replies to messages in flight, now or once the client takes them."""
@@ -460,6 +487,13 @@ class Connection:
     def _tell(self, text: str) -> None:
         """Send an error for a message that was not accepted."""
         self.socket.write(_framed(text))
+
+
+def _reply(message_id: str, outcome: Answered | ServeError) -> bytes:
+    """The frame that tells what became of a query; the id is JSON already."""
+    if isinstance(outcome, ServeError):
+        return _framed(error_text(json.loads(message_id), outcome))
+    return _framed(f'{{"id": {message_id}, {outcome.json()[1:]}')
 
 
 def _framed(text: str) -> bytes:

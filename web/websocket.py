@@ -130,13 +130,13 @@ class Socket:
 
     @property
     def full(self) -> bool:
-        """Whether the client has not taken what it was sent."""
-        return self._protocol.writing_paused
+        """Whether the client, if it is there, has not taken what it was sent."""
+        return self._protocol.writing_paused and self._protocol.transport is not None
 
     def write(self, data: bytes) -> None:
         """Send whole frames; after the goodbye, and to a client that is gone, nothing is sent."""
         transport = self._protocol.transport
-        if transport is not None and not self._said_goodbye:
+        if transport is not None and not transport.is_closing() and not self._said_goodbye:
             transport.write(data)
             self._sent += 1
 
@@ -190,6 +190,7 @@ class Socket:
         """It cannot go on like this."""
         if not self.over.done():
             self.over.set_exception(error)
+            self.over.exception()  # is not to be complained of where nobody asks for it
 
     def abort(self) -> None:
         """Cut the client off."""
