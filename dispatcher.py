@@ -24,6 +24,7 @@ from web.errors import BatchFailed, DeadlineExceeded, NotReady, QueueFull, Serve
 
 if TYPE_CHECKING:
     from engine import Outputs  # deciding needs no torch
+    from web.replies import Reply
 
 # ------------------------------------------------------------------------------------------------------------- queries
 
@@ -38,6 +39,9 @@ class Answer(NamedTuple):
     started_s: float
     finished_s: float
     degraded: bool = False  # members of the ensemble that was chosen failed; the entry is what is left of it
+
+
+Answered = tuple["Query", Answer]
 
 
 class ReplySlot(Protocol):
@@ -89,6 +93,51 @@ class Query:
         return self.arrival_s + self.slo_s
 
 
+class Collector(Protocol):
+    """Who makes replies of announced answers: the server."""
+
+    dispatcher: Dispatcher | None
+
+    def collect(self, announced: Sequence[Pending]) -> Sequence[Reply | ServeError]:
+        """What was announced, each once."""
+
+
+@dataclass(slots=True, eq=False)
+class Pending:
+    """A query whose answer is announced by a call, so that no task waits for it; ``SuperServe.begin`` makes it."""
+
+    serve: Collector
+    announce: Callable[[Pending], object]
+    top_k: int
+    query: Query | None = None  # until collected or cancelled; it holds this as its reply slot
+    outcome: Answer | ServeError | None = None
+
+    def done(self) -> bool:
+        """Whether there is an answer or an error, or nobody who wants one any more."""
+        return self.outcome is not None or self.query is None
+
+    def set_result(self, result: Answer, /) -> None:
+        """Take the answer."""
+        self.outcome = result
+        self.announce(self)
+
+    def set_exception(self, exception: BaseException, /) -> None:
+        """Take the error."""
+        assert isinstance(exception, ServeError), "the dispatcher refuses with errors that clients are told"
+        self.outcome = exception
+        self.announce(self)
+
+    def collect(self) -> Reply | ServeError:
+        """What was announced, once; an answer is counted as in time or late by this moment."""
+        return self.serve.collect((self,))[0]
+
+    def cancel(self) -> None:
+        """Free the query's place, whether announced or not; nothing is announced from here on."""
+        query, self.query = self.query, None
+        if query is not None and self.serve.dispatcher is not None:
+            self.serve.dispatcher.cancel(query)
+
+
 class DeadlineHeap:
     """Waiting queries, most urgent first; equal deadlines by priority, then by arrival. Reads no clock.
 
@@ -110,11 +159,13 @@ class DeadlineHeap:
         """Add a query."""
         query.order = next(self._sequence) - (query.priority << 48)
         entry = query.deadline_s, query.order, query
-        place = len(self._entries)
-        if place and entry < self._entries[-1]:
+        if self._entries and entry < self._entries[-1]:
             place = bisect_left(self._entries, entry)
-        self._entries.insert(place, entry)
-        self._deadlines_s.insert(place, query.deadline_s)
+            self._entries.insert(place, entry)
+            self._deadlines_s.insert(place, entry[0])
+        else:
+            self._entries.append(entry)
+            self._deadlines_s.append(entry[0])
         self.nbytes += query.input.nbytes
         query.waiting = True
 
@@ -133,9 +184,23 @@ class DeadlineHeap:
         """When the least urgent query is due."""
         return self._deadlines_s[-1]
 
+    def first(self, count: int) -> list[Query]:
+        """The most urgent queries, which stay where they are."""
+        return [entry[2] for entry in self._entries[:count]]
+
     def pop(self) -> Query:
         """Take out the most urgent query."""
         return self._take_out(0)
+
+    def pop_first(self, count: int) -> list[Query]:
+        """Take out the most urgent queries."""
+        queries = self.first(count)
+        del self._entries[:count]
+        del self._deadlines_s[:count]
+        for query in queries:
+            self.nbytes -= query.input.nbytes
+            query.waiting = False
+        return queries
 
     def discard(self, query: Query) -> bool:
         """Take out a query from anywhere; False if it was not waiting."""
@@ -210,13 +275,26 @@ class SlowedQueue:
 
 
 class Observer(Protocol):
-    """Who wants to know what happens to queries and batches: metrics, the live page. Must be quick, must not raise."""
+    """Who wants to know what happens to queries and batches: metrics, the live page. Must be quick, must not raise.
+
+    Of queries that come or are answered together it is told at once; who needs to know each need not implement that.
+    """
 
     def arrived(self, now_s: float) -> None:
         """A query came in; ``ended`` is called exactly once for each, maybe at once."""
 
     def ended(self, query: Query, outcome: str, now_s: float, answer: Answer | None) -> None:
         """A query reached one of the outcomes that the dispatcher counts; with its answer when in_time or late."""
+
+    def arrived_together(self, now_s: float, count: int) -> None:
+        """So many queries came in, each of which found those before it waiting."""
+        for _ in range(count):
+            self.arrived(now_s)
+
+    def answered(self, answered: Sequence[Answered], outcome: str, now_s: float) -> None:
+        """These queries were answered, all in_time or all late."""
+        for query, answer in answered:
+            self.ended(query, outcome, now_s, answer)
 
     def batch_finished(self, batch: Batch, taken_s: float, predicted_s: float) -> None:
         """A batch was computed; ``predicted_s`` is what the table in use said, slowdown included."""
@@ -339,6 +417,25 @@ class Dispatcher:
         self.refused_share -= FOLLOWED * self.refused_share
         self.policy.arrived(now_s, max(0.0, query.slo_s - self.overhead_s) / self._stretch)
         self.heap.push(query)
+
+    def has_room_for(self, count: int, nbytes: int, deadline_s: float) -> bool:
+        """Whether so many queries, with inputs of so many bytes in all, are accepted for sure: a glance.
+
+        It is for those that come together and ask for the same, which are then given to ``accept``.
+        """
+        return self._has_room(deadline_s, nbytes, self.clock(), count - 1)
+
+    def accept(self, queries: Sequence[Query]) -> None:
+        """Accept queries that have just been found to have room."""
+        now_s, count, slo_s = self.clock(), len(queries), queries[0].slo_s
+        self.counters["arrivals"] += count
+        for observer in self.observers:
+            observer.arrived_together(now_s, count)
+        self.refused_share *= (1 - FOLLOWED) ** count
+        slack_s = max(0.0, slo_s - self.overhead_s) / self._stretch
+        for query in queries:
+            self.policy.arrived(now_s, slack_s)
+            self.heap.push(query)
 
     def turn_away(
         self, arrival_s: float, slo_s: float, min_accuracy: float, nbytes: int, *, choice: str | None = None,
@@ -566,11 +663,24 @@ class Dispatcher:
 
     def deliver(self, query: Query, answer: Answer) -> float:
         """Count an answer that is on its way to the client; returns the instant."""
+        return self.deliver_all(((query, answer),))
+
+    def deliver_all(self, answered: Sequence[Answered]) -> float:
+        """Count answers that are on their way to their clients, all at this instant, which it returns."""
         now_s = self.clock()
-        self._count(query, "in_time" if now_s <= query.deadline_s else "late", answer, now_s)
+        in_time = [pair for pair in answered if now_s <= pair[0].deadline_s]
+        late = [pair for pair in answered if now_s > pair[0].deadline_s] if len(in_time) < len(answered) else []
+        for outcome, pairs in (("in_time", in_time), ("late", late)):
+            if pairs:
+                self.counters[outcome] += len(pairs)
+                for observer in self.observers:
+                    observer.answered(pairs, outcome, now_s)
         # Follows a rise at once and forgets slowly: an optimistic estimate costs deadlines, a pessimistic one little.
-        seen_s = now_s - answer.finished_s
-        self.overhead_s += (seen_s - self.overhead_s) * (0.3 if seen_s > self.overhead_s else 0.005)
+        overhead_s = self.overhead_s
+        for _, answer in answered:
+            seen_s = now_s - answer.finished_s
+            overhead_s += (seen_s - overhead_s) * (0.3 if seen_s > overhead_s else 0.005)
+        self.overhead_s = overhead_s
         return now_s
 
     def _learn(self, batch: Batch, taken_s: float) -> None:
@@ -605,14 +715,12 @@ class Dispatcher:
 
     def _take(self, entry: Entry, size: int) -> tuple[Query, ...]:
         """The most urgent queries, up to the first for which this entry may not be used."""
-        taken = [self.heap.pop()]
-        while len(taken) < size and self.heap and self._may_use(entry, self.heap.head):
-            taken.append(self.heap.pop())
-        return tuple(taken)
-
-    @staticmethod
-    def _may_use(entry: Entry, query: Query) -> bool:
-        return query.min_accuracy <= entry.accuracy and query.choice in (None, entry.name)
+        accuracy, choices, count = entry.accuracy, (None, entry.name), 1  # the first is whom it was chosen for
+        for query in self.heap.first(size)[1:]:
+            if query.min_accuracy > accuracy or query.choice not in choices:
+                break
+            count += 1
+        return tuple(self.heap.pop_first(count))
 
     def _count(self, query: Query, outcome: str, answer: Answer | None = None, now_s: float | None = None) -> None:
         self.counters[outcome] += 1

@@ -110,7 +110,8 @@ class _Window:
         if now_s < self._first_s:
             self._first_s = now_s
         self._instants_s.append(now_s)
-        self._forget_before(now_s - self._length_s)  # here too, so that decisions find little to forget
+        if self._instants_s[0] < now_s - self._length_s:  # here too, so that decisions find little to forget
+            self._forget_before(now_s - self._length_s)
 
     def rate(self, now_s: float) -> float:
         self._forget_before(now_s - self._length_s)

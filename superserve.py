@@ -7,7 +7,7 @@ The life of one query, top-down:
    ``Lane.take`` does all this for requests in the plainest form, as most are, without aiohttp.
 2. ``SuperServe.submit``, or ``begin`` for the lane, makes a ``Query`` with its deadline; ``Dispatcher.submit`` rejects
    it when the heap is full or no choice can meet the deadline any more, else pushes it onto the ``DeadlineHeap``. The
-   handler awaits the reply.
+   handler awaits the reply. ``begin_all`` does it for those that come together on a stream (web/stream.py).
 3. ``SuperServe._pump`` runs when a query arrived, a worker became free or a deadline passed.
 4. ``Dispatcher.expire`` answers the queries whose deadline has passed, at that moment.
 5. ``Dispatcher.next_batch`` asks the policy (slackfit.py) for a ``Decision``, for a worker that is idle now.
@@ -28,7 +28,6 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,7 +41,7 @@ from tqdm import tqdm
 import slackfit
 import startup
 from config import Config, ConfigError, parse_arguments
-from dispatcher import Answer, Batch, DeadlineHeap, Dispatcher, Query, ReplySlot
+from dispatcher import Answer, Batch, DeadlineHeap, Dispatcher, Pending, Query, ReplySlot
 from engine import DeviceLostError, EngineError, Outputs
 from logs import log_event, start_log
 from profiletable import refuse_synthetic
@@ -86,45 +85,6 @@ Result = TypeVar("Result")
 
 
 # ------------------------------------------------------------------------------------------------------------- serving
-
-
-@dataclass(slots=True, eq=False)
-class Pending:
-    """A query whose answer is announced by a call, so that no task waits for it; ``SuperServe.begin`` makes it."""
-
-    serve: SuperServe
-    announce: Callable[[Pending], object]
-    top_k: int
-    query: Query | None = None  # until collected or cancelled; it holds this as its reply slot
-    outcome: Answer | ServeError | None = None
-
-    def done(self) -> bool:
-        """Whether there is an answer or an error, or nobody who wants one any more."""
-        return self.outcome is not None or self.query is None
-
-    def set_result(self, result: Answer, /) -> None:
-        """Take the answer."""
-        self.outcome = result
-        self.announce(self)
-
-    def set_exception(self, exception: BaseException, /) -> None:
-        """Take the error."""
-        assert isinstance(exception, ServeError), "the dispatcher refuses with errors that clients are told"
-        self.outcome = exception
-        self.announce(self)
-
-    def collect(self) -> Reply | ServeError:
-        """What was announced, once; an answer is counted as in time or late by this moment."""
-        query, outcome, self.query = self.query, self.outcome, None
-        assert query is not None, "collected once"
-        assert outcome is not None, "collected after the announcement"
-        return outcome if isinstance(outcome, ServeError) else self.serve.answered(query, outcome, self.top_k)
-
-    def cancel(self) -> None:
-        """Free the query's place, whether announced or not; nothing is announced from here on."""
-        query, self.query = self.query, None
-        if query is not None and self.serve.dispatcher is not None:
-            self.serve.dispatcher.cancel(query)
 
 
 class SuperServe:
@@ -327,18 +287,65 @@ class SuperServe:
         pending.query = self._enqueue(input, arrival_s, parameters, pending)
         return pending
 
+    def begin_all(
+        self, inputs: Sequence[NDArray[Any]], arrival_s: float, parameters: Parameters,
+        announce: Callable[[Pending], object],
+    ) -> Sequence[Pending] | None:  # fmt: skip
+        """As ``begin`` for inputs that came together; None, and nothing is done, unless there is room for all.
+
+        What is looked at once for all of them is most of what queueing one takes.
+        """
+        dispatcher = self._correct(self._open())
+        nbytes = sum([input.nbytes for input in inputs])
+        if not dispatcher.has_room_for(len(inputs), nbytes, arrival_s + parameters.slo_s):
+            return None
+        found = [Pending(self, announce, parameters.top_k) for _ in inputs]
+        queries = [
+            self._query(input, arrival_s, parameters, pending) for input, pending in zip(inputs, found, strict=True)
+        ]
+        for pending, query in zip(found, queries, strict=True):
+            pending.query = query
+        dispatcher.accept(queries)
+        self._wake()
+        return found
+
     def _enqueue(self, input: NDArray[Any], arrival_s: float, parameters: Parameters, reply: ReplySlot) -> Query:
-        dispatcher = self._open()
-        if dispatcher.correct_table():
-            slower = {name: round(factor, 3) for name, factor in dispatcher.applied.items() if factor > 1}
-            log_event("table corrected", slower=slower, slowdown=round(dispatcher.slowdown, 3))
-        query = Query(
-            input=input, arrival_s=arrival_s, slo_s=parameters.slo_s, reply=reply,
-            min_accuracy=parameters.min_accuracy, priority=parameters.priority, choice=parameters.choice,
-        )  # fmt: skip
+        dispatcher = self._correct(self._open())
+        query = self._query(input, arrival_s, parameters, reply)
         dispatcher.submit(query)
         self._wake()
         return query
+
+    @staticmethod
+    def _correct(dispatcher: Dispatcher) -> Dispatcher:
+        if dispatcher.correct_table():
+            slower = {name: round(factor, 3) for name, factor in dispatcher.applied.items() if factor > 1}
+            log_event("table corrected", slower=slower, slowdown=round(dispatcher.slowdown, 3))
+        return dispatcher
+
+    @staticmethod
+    def _query(input: NDArray[Any], arrival_s: float, parameters: Parameters, reply: ReplySlot) -> Query:
+        return Query(
+            input=input, arrival_s=arrival_s, slo_s=parameters.slo_s, reply=reply,
+            min_accuracy=parameters.min_accuracy, priority=parameters.priority, choice=parameters.choice,
+        )  # fmt: skip
+
+    def collect(self, announced: Sequence[Pending]) -> list[Reply | ServeError]:
+        """What was announced, each once; answers are counted as in time or late by this moment."""
+        assert self.dispatcher is not None, "it took the queries"
+        answered, outcomes = [], []
+        for pending in announced:
+            query, outcome, pending.query = pending.query, pending.outcome, None
+            assert query is not None, "collected once"
+            assert outcome is not None, "collected after the announcement"
+            outcomes.append((query, outcome, pending.top_k))
+            if not isinstance(outcome, ServeError):
+                answered.append((query, outcome))
+        now_s = self.dispatcher.deliver_all(answered) if answered else 0.0
+        return [
+            outcome if isinstance(outcome, ServeError) else self._reply(query, outcome, now_s, top_k)
+            for query, outcome, top_k in outcomes
+        ]
 
     def answered(self, query: Query, answer: Answer, top_k: int) -> Reply:
         """The reply that goes to the client now; counted as in time or late by this moment."""

@@ -1,11 +1,12 @@
 """Coverage-guided fuzzing of everything that reads what strangers send, with atheris (libFuzzer for Python).
 
-Four readers are fed: bodies of POST /predict (web/inputs.py: images, raw tensors, JSON), infer requests of the Open
-Inference Protocol (web/infer_requests.py, binary tensors included), messages of /stream (web/stream.py), and
-parameters with the plain requests that are refused at the door (web/inputs.py, web/door.py). The first byte of an input
-says which. Each must end in an input that the network can take, or in a ServeError whose answer is JSON; any other
-exception, an input that takes 10 s, and 2 GB of memory are findings. Coverage is counted in the project's own readers
-and in Pillow's Python; C code is run and not counted.
+Five readers are fed: bodies of POST /predict (web/inputs.py: images, raw tensors, JSON), infer requests of the Open
+Inference Protocol (web/infer_requests.py, binary tensors included), messages of /stream (web/stream.py), the WebSocket
+frames that these come in (web/frames.py), and parameters with the plain requests that are refused at the door
+(web/inputs.py, web/door.py). The first byte of an input says which. Frames must be read alike in one piece and in many,
+and a message whose header is known must be read as if it were not. Each must end in an input that the network can take,
+or in a ServeError whose answer is JSON; any other exception, an input that takes 10 s, and 2 GB of memory are findings.
+Coverage is counted in the project's own readers and in Pillow's Python; C code is run and not counted.
 
     python scripts/fuzz.py --seconds 600
     python scripts/fuzz.py --replay finding    what a stored finding does
@@ -33,7 +34,7 @@ from typing import Any
 HOUSE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HOUSE))
 
-CASES = ("predict", "infer", "stream", "parameters")
+CASES = ("predict", "infer", "stream", "parameters", "frames")
 SIDE = 8
 LONGEST_INPUT = 8192
 FINDING = "=== Uncaught Python exception: ==="  # what atheris prints before a traceback
@@ -60,9 +61,9 @@ def readers() -> dict[str, Callable[[bytes], object]]:
     """What reads an input without its first byte, by case; imported late, so that a worker counts their coverage."""
     import numpy as np
 
-    from web import door, infer_reading, infer_requests, inputs, stream
+    from web import door, frames, infer_reading, infer_requests, inputs, stream
 
-    shape = Shape()
+    shape, headers = Shape(), stream.Headers()
     limits = inputs.Limits(default_slo_s=0.1, longest_slo_s=60.0, accuracies={"small": 0.7, "large": 0.9}, classes=5)
     form = infer_requests.ModelForm(
         name="tiny", version="1", input=shape, most_rows=64, max_pixels=10_000, longest_slo_s=60.0, classes=5,
@@ -88,14 +89,37 @@ def readers() -> dict[str, Callable[[bytes], object]]:
         inputs.parse_parameters(asked.texts, {}, limits)
 
     def message(data: bytes) -> None:
+        known = headers.recall(bytearray(data))
         split = stream.split_message(data)
         json.dumps(split.id)
-        split.parameters(limits)
+        asked = split.parameters(limits)
         tensor = split.tensor()
+        if known is not None:
+            assert json.loads(known[0]) == split.id, known[0]
+            assert known[1].parameters == asked, known[1]
+            assert tensor is not None, known[1]
+            assert (known[1].input(bytearray(data), known[2]) == tensor).all() or np.isnan(tensor).any(), known[1]
+        elif tensor is not None:
+            headers.remember(data, split, asked)
         if tensor is None:
             check(inputs.decode(split.payload, split.content_type(), shape, 10_000))
         else:
             check(inputs.check_array(tensor, shape))
+
+    def read_frames(pieces: list[bytes]) -> tuple[list[tuple[int, bytes]], int | None]:
+        reader, read = frames.Frames(LONGEST_INPUT // 2), []
+        try:
+            for piece in pieces:
+                reader.feed(piece)
+                for kind, payload in reader.messages():
+                    read.append((kind, bytes(payload)))
+        except frames.FrameError as error:
+            return read, error.code
+        return read, None
+
+    def client(data: bytes) -> None:
+        size, sent = data[0] + 1, data[1:]
+        assert read_frames([sent]) == read_frames([sent[at : at + size] for at in range(0, len(sent), size)])
 
     def parameters(data: bytes) -> None:
         if door.head_of(data) is not None:
@@ -103,7 +127,7 @@ def readers() -> dict[str, Callable[[bytes], object]]:
         lines = [line.partition("=") for line in data.decode("utf-8", "surrogateescape").split("&")]
         inputs.parse_parameters({name: value for name, _, value in lines}, {}, limits)
 
-    return {"predict": predict, "infer": infer, "stream": message, "parameters": parameters}
+    return {"predict": predict, "infer": infer, "stream": message, "parameters": parameters, "frames": client}
 
 
 class Crowded:
@@ -171,6 +195,9 @@ def seeds() -> dict[str, bytes]:
         found[f"stream-{name}"] = b"\2" + struct.pack("<I", len(header)) + header + body
     header = json.dumps({"id": "x", "dtype": "uint8", "shape": [SIDE, SIDE, 3]}).encode()
     found["stream-tensor"] = b"\2" + struct.pack("<I", len(header)) + header + bodies["raw"]
+    masked = b"\1\2\3\4" + b"\1\2\3\4" * 2
+    found["frames"] = b"\4\6\x82\x88" + masked + b"\x01\x88" + masked + b"\x89\x80" + bytes(4) + b"\x80\x80" + bytes(4)
+    found["frames-long"] = b"\4\xff\x82\xfe\1\0" + bytes(4 + 256) + b"\x88\x82" + bytes(4) + b"\x03\xe8"
     found["parameters"] = b"\3slo_ms=50&min_accuracy=0.5&priority=3&top_k=2"
     found["request"] = b"\3POST /predict?slo_ms=50 HTTP/1.1\r\nHost: x\r\nX-Top-K: 2\r\nContent-Length: 3\r\n\r\nabc"
     return found

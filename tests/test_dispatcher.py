@@ -27,7 +27,7 @@ from hypothesis.stateful import (
 from serving import Clock, make_query, slot_of
 
 import dispatcher as dispatcher_module
-from dispatcher import Answer, Batch, Dispatcher, Query
+from dispatcher import Answer, Batch, Dispatcher, Observer, Query
 from slackfit import ProfileTable, build_table, make_policy
 from web.errors import BatchFailed, DeadlineExceeded, NotReady, QueueFull
 
@@ -37,7 +37,7 @@ POLICIES = ("halfslo", "slackfit", "slackfit:3", "fixed:largest", "fixed:smalles
 TOLD = {DeadlineExceeded: {"expired", "given_up"}, BatchFailed: {"failed"}, NotReady: {"failed"}}
 
 
-class Ledger:
+class Ledger(Observer):
     """An observer that remembers what became of each query."""
 
     def __init__(self) -> None:

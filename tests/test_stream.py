@@ -6,7 +6,7 @@ import struct
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,16 @@ from aiohttp.test_utils import TestClient, TestServer
 from hypothesis import given
 from hypothesis import strategies as st
 from serving import LARGE, FakeEngine, config_of, fake_engine, image_array, image_file, turns_until
+from test_frames import masked
 
 from config import Config
 from examples.client import Client, ConnectionClosed, ServerError
+from scripts.bench_http import HANDSHAKE
 from superserve import SERVE, SuperServe, make_app
 from web.errors import BadRequest, ServeError
+from web.frames import BINARY, CLOSE, CONTINUATION, PING, PONG, TEXT
 from web.inputs import Limits
-from web.stream import FIELDS, MAX_HEADER_BYTES, split_message
+from web.stream import FIELDS, MAX_HEADER_BYTES, Headers, split_message
 
 ROOT = Path(__file__).parents[1]
 PIXELS = image_array(0).tobytes()
@@ -296,6 +299,184 @@ async def test_the_largest_message_allowed_is_read(profile: Path) -> None:
         assert reply["deadline_met"]
 
 
+# ------------------------------------------------------------------------------------------------------ known headers
+
+
+def both(data: bytes, first: bytes) -> tuple[object, object]:
+    """A message as it is read, and as it is recalled where the header of another is known; None: it is not."""
+    headers, message, other = Headers(), split_message(data), split_message(first)
+    headers.remember(first, other, other.parameters(LIMITS))
+    known = headers.recall(bytearray(data))
+    recalled = None if known is None else (known[0], known[1].parameters, known[1].input(bytearray(data), known[2]))
+    tensor = message.tensor()
+    assert tensor is not None
+    read = json.dumps(message.id), message.parameters(LIMITS), tensor
+    return tuple(map(str, read)), recalled and tuple(map(str, recalled))
+
+
+TENSOR: dict[str, Any] = {"dtype": "uint8", "shape": [2, 3]}
+
+
+@pytest.mark.parametrize("message_id", [0, 7, 10**17, "", "a b", "x" * 99, "{}[],:~"])
+@pytest.mark.parametrize(
+    "more", [{}, {"slo_ms": 5}, {"top_k": 2, "members": "small"}, {"dtype": "int32", "shape": [6]}], ids=str
+)
+def test_a_header_that_differs_in_its_id_is_known(message_id: str | int, more: dict[str, Any]) -> None:
+    header = TENSOR | more
+    payload = bytes(range(6 * (4 if header["dtype"] == "int32" else 1)))
+    for fields in ({"id": message_id} | header, header | {"id": message_id}):
+        read, recalled = both(packed(payload, **fields), packed(payload, **(fields | {"id": 1})))
+        assert recalled == read
+
+
+def test_a_header_is_not_known_by_another_that_asks_for_something_else() -> None:
+    good = packed(b"abcdef", id=1, **TENSOR)
+    text = json.dumps(TENSOR).encode()[1:]
+    for other in (
+        packed(b"abcdef", id=1, slo_ms=5, **TENSOR), packed(b"abcdef", **TENSOR, id=1),
+        packed(b"abcdef", id=-1, **TENSOR), packed(b"abcdef", id="\\", **TENSOR), packed(b"abcdef", id="é", **TENSOR),
+        raw(b'{"id": 1, "id": 2, ' + text) + b"abcdef", raw(b'{"id":  1, ' + text) + b"abcdef",
+    ):  # fmt: skip
+        assert both(other, good)[1] is None
+    assert both(good, raw(b'{"id": 1, "id": 2, ' + text) + b"a" * 6)[1] is None
+    assert Headers().recall(bytearray(good)) is None
+
+
+def test_a_payload_of_another_length_is_read_and_refused() -> None:
+    headers, good = Headers(), packed(b"abcdef", id=1, **TENSOR)
+    headers.remember(good, split_message(good), LIMITS.defaults)
+    assert headers.recall(bytearray(good)) is not None
+    for bad in (good + b"g", good[:-1], good[:20], good[:3], b""):
+        assert headers.recall(bytearray(bad)) is None
+
+
+async def test_messages_of_known_headers_are_answered_or_refused_each_by_itself(config: Config) -> None:
+    async with running(config) as server, server.client.ws_connect("/stream") as socket:
+        planes = np.full(192, np.nan, "<f4").tobytes()
+        kinds = ((PIXELS, {"dtype": "uint8", "shape": [8, 8, 3]}), (PLANES, {"dtype": "float32", "shape": [3, 8, 8]}))
+        for number in range(60):
+            payload, header = kinds[number % 20 // 10]
+            await socket.send_bytes(packed(planes if number == 55 else payload, id=number, **header))
+        replies = {reply["id"]: reply for reply in [await reply_of(socket) for _ in range(60)]}
+        assert replies.keys() == set(range(60))
+        assert [number for number, reply in replies.items() if "error" in reply] == [55]
+        assert "not finite" in replies[55]["error"]
+        assert server.counters == {"arrivals": 59, "in_time": 59}
+
+
+async def test_known_headers_keep_to_the_limit_and_are_refused_while_draining(narrow: Config) -> None:
+    header = {"dtype": "uint8", "shape": [8, 8, 3]}
+    async with running(narrow, gated=True) as server, server.client.ws_connect("/stream") as socket:
+        server.gate.set()
+        assert (await ask(socket, packed(id="first", **header)))["deadline_met"]
+        server.gate.clear()
+        for number in range(5):
+            await socket.send_bytes(packed(id=number, **header))
+        refused = [await reply_of(socket) for _ in range(2)]
+        assert [(reply["id"], reply["reason"]) for reply in refused] == [(n, "too_many_in_flight") for n in (3, 4)]
+        server.gate.set()
+        assert sorted([(await reply_of(socket))["id"] for _ in range(3)]) == [0, 1, 2]
+        assert server.counters == {"arrivals": 4, "in_time": 4}
+
+
+async def test_known_headers_beyond_the_queue_are_refused_one_by_one(profile: Path) -> None:
+    header = {"dtype": "uint8", "shape": [8, 8, 3]}
+    config = config_of(profile, policy="fixed:largest", max_queue=2)
+    async with running(config, gated=True) as server, server.client.ws_connect("/stream") as socket:
+        server.gate.set()
+        assert (await ask(socket, packed(id="first", **header)))["deadline_met"]
+        server.gate.clear()
+        await socket.send_bytes(packed(id="runs", **header))
+        await turns_until(lambda: len(server.engine.batches) == 2)
+        for number in range(6):
+            await socket.send_bytes(packed(id=number, **header))
+        refused = [await reply_of(socket) for _ in range(4)]
+        assert [(reply["id"], reply["reason"]) for reply in refused] == [(n, "queue_full") for n in (2, 3, 4, 5)]
+        server.gate.set()
+        assert {(await reply_of(socket))["id"] for _ in range(3)} == {"runs", 0, 1}
+        assert server.outcomes_sum_to_arrivals()
+
+
+# --------------------------------------------------------------------------------------------------------------- frames
+
+
+async def wire(server: Running) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection that has shaken hands, whose client writes frames by itself."""
+    url = server.client.make_url("/")
+    reader, writer = await asyncio.open_connection(url.host, url.port)
+    writer.write(HANDSHAKE.format(host="x").encode())
+    assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101 ")
+    return reader, writer
+
+
+async def frame_of(reader: asyncio.StreamReader) -> tuple[int, bytes]:
+    async with asyncio.timeout(30):
+        first, length = await reader.readexactly(2)
+        if length == 126:
+            length = int.from_bytes(await reader.readexactly(2), "big")
+        return first & 15, await reader.readexactly(length)
+
+
+async def test_fragments_and_pings_among_them_are_read_however_they_come(config: Config) -> None:
+    async with running(config) as server:
+        reader, writer = await wire(server)
+        message = packed(id=1)
+        sent = masked(BINARY, message[:9], final=False) + masked(PING, b"there?") + masked(CONTINUATION, message[9:])
+        for index in range(len(sent)):
+            writer.write(sent[index : index + 1])
+            await writer.drain()
+        assert await frame_of(reader) == (PONG, b"there?")
+        kind, text = await frame_of(reader)
+        assert (kind, json.loads(text)["id"]) == (TEXT, 1)
+        writer.close()
+
+
+@pytest.mark.parametrize(("broken", "code"), [
+    (masked(BINARY, b"x", mask=None), 1002), (masked(3), 1002), (masked(TEXT, b"\xff"), 1007),
+    (masked(BINARY, bytes(BODY_LIMIT + MAX_HEADER_BYTES + 5)), 1009),
+])  # fmt: skip
+async def test_what_breaks_the_protocol_closes_with_its_code_and_cancels(
+    config: Config, broken: bytes, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("web.websocket.CLOSE_S", 0.05)
+    async with running(config, gated=True) as server:
+        reader, writer = await wire(server)
+        writer.write(masked(BINARY, packed(id=1)))
+        await turns_until(lambda: server.engine.batches)
+        writer.write(broken)
+        kind, payload = await frame_of(reader)
+        assert (kind, int.from_bytes(payload[:2], "big")) == (CLOSE, code)
+        assert await reader.read() == b""
+        await turns_until(lambda: server.counters["cancelled"] == 1)
+        writer.close()
+
+
+async def test_a_goodbye_is_returned_with_its_code_and_what_follows_is_not_read(config: Config) -> None:
+    async with running(config) as server:
+        reader, writer = await wire(server)
+        writer.write(masked(CLOSE, b"\x0f\xa0bye") + masked(BINARY, packed(id=1)))
+        assert await frame_of(reader) == (CLOSE, b"\x0f\xa0")
+        assert await reader.read() == b""
+        assert server.counters == {}
+        writer.close()
+
+
+async def test_a_silent_client_is_asked_and_given_up_unless_it_answers(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("web.websocket.HEARTBEAT_S", 0.1)
+    async with running(config) as server:
+        reader, writer = await wire(server)
+        for _ in range(2):
+            assert await frame_of(reader) == (PING, b"")
+            writer.write(masked(PONG))
+        assert await frame_of(reader) == (PING, b"")
+        async with asyncio.timeout(30):
+            with suppress(ConnectionError):  # how it ends depends on what was read before
+                assert await reader.read() == b""
+        writer.close()
+
+
 # --------------------------------------------------------------------------------------------------------------- limits
 
 
@@ -444,7 +625,7 @@ async def test_shutdown_without_a_close_before_answers_first_and_says_goodbye(na
 async def test_shutdown_waits_for_no_client_that_reads_nothing(
     profile: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("web.stream.CLOSE_S", 0.05)
+    monkeypatch.setattr("web.websocket.CLOSE_S", 0.05)
     async with running(config_of(profile)) as server:
         session = aiohttp.ClientSession()
         socket = await session.ws_connect(f"{server.url}stream")

@@ -12,7 +12,7 @@ import secrets
 from array import array
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from math import ceil, inf, log, sqrt
@@ -25,7 +25,7 @@ from web.errors import BadRequest, json_response
 from web.state import State
 
 if TYPE_CHECKING:
-    from dispatcher import Answer, Batch, Query
+    from dispatcher import Answer, Answered, Batch, Query
 
 SPAN_S = 300
 RECENT_S, CHOICES_S = 10, 5
@@ -124,14 +124,29 @@ class Live:
         if (waiting := self._waiting()) > slot.waiting:
             slot.waiting = waiting
 
+    def arrived_together(self, now_s: float, count: int) -> None:
+        """Count so many, the last of which found the others waiting."""
+        self.arrived(now_s)
+        self._slot.arrivals += count - 1
+        self._slot.waiting = max(self._slot.waiting, self._waiting() + count - 1)
+
     def ended(self, query: Query, outcome: str, now_s: float, answer: Answer | None) -> None:
-        """Count what became of a query, its latency, and the accuracy if it was in time."""
+        """Count what became of a query."""
+        if answer is not None:
+            self.answered(((query, answer),), outcome, now_s)
+            return
         slot = self._slot if now_s < self._end_s else self._at(now_s)
         slot.outcomes[outcome] += 1
-        if answer is not None:
-            slot.latencies[_bucket(now_s - query.arrival_s)] += 1
-            if outcome == "in_time":
-                slot.accuracy_total += answer.entry.accuracy
+
+    def answered(self, answered: Sequence[Answered], outcome: str, now_s: float) -> None:
+        """Count answers, their latencies, and the accuracies if they were in time."""
+        slot = self._slot if now_s < self._end_s else self._at(now_s)
+        slot.outcomes[outcome] += len(answered)
+        latencies = slot.latencies
+        for query, _ in answered:
+            latencies[_bucket(now_s - query.arrival_s)] += 1
+        if outcome == "in_time":
+            slot.accuracy_total += sum([answer.entry.accuracy for _, answer in answered])
 
     def batch_finished(self, batch: Batch, taken_s: float, predicted_s: float) -> None:
         """Count what was chosen, in the second in which it was done."""

@@ -29,7 +29,7 @@ from prometheus_client.utils import floatToGoString
 from web.state import State
 
 if TYPE_CHECKING:
-    from dispatcher import Answer, Batch, Query
+    from dispatcher import Answer, Answered, Batch, Query
 
 OUTCOMES = ("in_time", "late", "expired", "given_up", "infeasible", "queue_full", "failed", "cancelled")
 LATENCY_BUCKETS_S = tuple(
@@ -87,15 +87,31 @@ class Metrics(Collector):
         """Count a query that came in."""
         self._arrivals += 1
 
+    def arrived_together(self, now_s: float, count: int) -> None:
+        """Count so many."""
+        self._arrivals += count
+
     def ended(self, query: Query, outcome: str, now_s: float, answer: Answer | None) -> None:
-        """Count what became of a query, and if it was answered, how long that took and by how accurate a subnet."""
-        self._outcomes[outcome] += 1
-        if answer is not None:
+        """Count what became of a query."""
+        if answer is None:
+            self._outcomes[outcome] += 1
+        else:
+            self.answered(((query, answer),), outcome, now_s)
+
+    def answered(self, answered: Sequence[Answered], outcome: str, now_s: float) -> None:
+        """Count answers, how long they took and by how accurate a subnet they are."""
+        self._outcomes[outcome] += len(answered)
+        latencies, queue = self._latency_s, self._queue_s
+        for query, answer in answered:  # without calls: this is a good part of what a query costs
+            arrival_s = query.arrival_s
+            latency_s, queue_s = now_s - arrival_s, answer.started_s - arrival_s
+            latencies.counts[bisect_left(LATENCY_BUCKETS_S, latency_s)] += 1
+            latencies.total += latency_s
+            queue.counts[bisect_left(LATENCY_BUCKETS_S, queue_s)] += 1
+            queue.total += queue_s
             self._degraded += answer.degraded
-            self._latency_s.observe(now_s - query.arrival_s)
-            self._queue_s.observe(answer.started_s - query.arrival_s)
-            if outcome == "in_time":
-                self._accuracy_total += answer.entry.accuracy
+        if outcome == "in_time":
+            self._accuracy_total += sum([answer.entry.accuracy for _, answer in answered])
 
     def batch_finished(self, batch: Batch, taken_s: float, predicted_s: float) -> None:
         """Count a batch, its queries, and how long it took beside what was predicted."""

@@ -53,17 +53,21 @@ class Reply:
         """The JSON form, durations in milliseconds; written by hand, as json.dumps takes four times as long."""
         return (
             f'{{"predictions": [{", ".join([each.json() for each in self.predictions])}], '
-            f'"subnet": {_quoted(self.subnet)}, {_members(self.subnet)}{_DEGRADED[self.degraded]}'
-            f'"accuracy": {self.accuracy:.4g}, "batch_size": {self.batch_size}, '
+            f"{_computed(self.subnet, self.accuracy, self.batch_size, self.degraded)}"
             f'"slo_ms": {self.slo_s * 1e3:.7g}, "latency_ms": {self.latency_s * 1e3:.6g}, '
             f'"queue_ms": {self.queue_s * 1e3:.6g}, "deadline_met": {"true" if self.deadline_met else "false"}}}'
         )
 
 
-_DEGRADED = {False: "", True: '"degraded": true, '}
-
-
 @functools.lru_cache(4096)
+def _computed(subnet: str, accuracy: float, batch_size: int, degraded: bool) -> str:
+    """What all queries of a batch are told, with what separates it from the next."""
+    told = '"degraded": true, ' if degraded else ""
+    return (
+        f'"subnet": {_quoted(subnet)}, {_members(subnet)}{told}"accuracy": {accuracy:.4g}, "batch_size": {batch_size}, '
+    )
+
+
 def _members(name: str) -> str:
     """The JSON of an ensemble's members, with what separates it from the next."""
     return f'"members": {json.dumps(name.split("+"))}, ' if "+" in name else ""

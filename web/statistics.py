@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dispatcher import Answer, Batch, Query
+    from dispatcher import Answer, Answered, Batch, Query
 
 
 @dataclass(slots=True)
@@ -18,9 +18,9 @@ class Total:
     count: int = 0
     taken_s: float = 0.0
 
-    def add(self, taken_s: float) -> None:
-        """Count one more."""
-        self.count += 1
+    def add(self, taken_s: float, count: int = 1) -> None:
+        """Count one more, or several together."""
+        self.count += count
         self.taken_s += taken_s
 
     def document(self) -> dict[str, int]:
@@ -49,20 +49,31 @@ class Statistics:
     def arrived(self, now_s: float) -> None:
         """Nothing is counted before it ends."""
 
+    def arrived_together(self, now_s: float, count: int) -> None:
+        """Nor of several."""
+
     def batch_failed(self, batch: Batch) -> None:
         """Its queries are told one by one."""
 
     def ended(self, query: Query, outcome: str, now_s: float, answer: Answer | None) -> None:
         """Count one query as a success or a failure."""
-        taken_s = now_s - query.arrival_s
         if answer is not None:
-            self.last_inference_ms = int(self.wall_clock() * 1e3)
-            self.success.add(taken_s)
-            self.queue.add(answer.started_s - query.arrival_s)
-            self.compute_infer.add(answer.finished_s - answer.started_s)
-            self.compute_output.add(now_s - answer.finished_s)
+            self.answered(((query, answer),), outcome, now_s)
         elif outcome != "cancelled":
-            self.fail.add(taken_s)
+            self.fail.add(now_s - query.arrival_s)
+
+    def answered(self, answered: Sequence[Answered], outcome: str, now_s: float) -> None:
+        """Count queries as successes."""
+        self.last_inference_ms = int(self.wall_clock() * 1e3)
+        taken_s = queue_s = infer_s = output_s = 0.0
+        for query, answer in answered:
+            taken_s += now_s - query.arrival_s
+            queue_s += answer.started_s - query.arrival_s
+            infer_s += answer.finished_s - answer.started_s
+            output_s += now_s - answer.finished_s
+        sums = (self.success, taken_s), (self.queue, queue_s), (self.compute_infer, infer_s)
+        for total, each_s in (*sums, (self.compute_output, output_s)):
+            total.add(each_s, len(answered))
 
     def batch_finished(self, batch: Batch, taken_s: float, predicted_s: float) -> None:
         """Count one batch by its size."""

@@ -20,32 +20,33 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
+import re
 import struct
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from aiohttp import WSCloseCode, WSMsgType, web
+from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
 from numpy.typing import NDArray
 
+from web import websocket
 from web.errors import BadRequest, NotReady, ServeError, TooLarge, TooManyInFlight
+from web.frames import BINARY, GOING_AWAY, INTERNAL_ERROR, TEXT, FrameError, frame
 from web.inputs import Limits, Parameters, parse_parameters
 from web.json_values import brief
+from web.websocket import Socket
 
 log = logging.getLogger("superserve")
 
 MAX_HEADER_BYTES = 16 * 1024
-# A silent peer is asked whether it is still there, and given up half as long after that.
-HEARTBEAT_S = 30.0
-# How long a peer may take to return a close frame.
-CLOSE_S = 2.0
-# Large images of one connection that are decoded at a time; while so many are, nothing more is read from it.
+# Large images of one connection that are decoded at a time; while more are to be, nothing is read from it.
 MOST_DECODING = 4
-# The time in which a client is to take what it is sent is waited for in so many parts.
-LOOKS = 4
+# Clients send few different headers, but for the id; longer ones, and more of them, are read each time.
+REMEMBERED, REMEMBERED_BYTES = 256, 1024
 
 PARAMETERS = ("slo_ms", "min_accuracy", "priority", "top_k")
 FIELDS = frozenset(("id", "content_type", "dtype", "shape", "members", *PARAMETERS))
@@ -68,9 +69,6 @@ class Answered(Protocol):
 class PendingReply(Protocol):
     """A query on its way; a hashable object of its own."""
 
-    def collect(self) -> Answered | ServeError:
-        """What became of it, once, after it was announced; this is the moment that counts as answering."""
-
     def cancel(self) -> None:
         """Nobody wants its answer any more."""
 
@@ -81,6 +79,8 @@ class StreamServing(Protocol):
     @property
     def clock(self) -> Callable[[], float]: ...  # noqa: D102
     def limits(self) -> Limits: ...  # noqa: D102
+    @property
+    def flooded(self) -> bool: ...  # noqa: D102
     def turn_away(self, arrival_s: float, parameters: Parameters) -> None: ...  # noqa: D102
     def check_input(self, array: object) -> NDArray[Any]: ...  # noqa: D102
     def decode_inline(self, body: bytes, content_type: str) -> NDArray[Any] | None: ...  # noqa: D102
@@ -88,6 +88,12 @@ class StreamServing(Protocol):
     def begin(  # noqa: D102
         self, input: NDArray[Any], arrival_s: float, parameters: Parameters, announce: Callable[[PendingReply], object]
     ) -> PendingReply: ...
+    def begin_all(  # noqa: D102
+        self, inputs: Sequence[NDArray[Any]], arrival_s: float, parameters: Parameters,
+        announce: Callable[[PendingReply], object],
+    ) -> Sequence[PendingReply] | None: ...  # fmt: skip
+    def collect(self, announced: Sequence[Any]) -> Sequence[Answered | ServeError]:
+        """What became of queries, once, after they were announced; this is the moment that counts as answering."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +185,64 @@ def split_message(data: bytes) -> Message:
     return Message(header, data[start:])
 
 
+class Familiar(NamedTuple):
+    """What the header of a raw tensor asks for, whatever its id."""
+
+    parameters: Parameters
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+    def input(self, message: bytearray, start: int) -> NDArray[Any]:
+        """The tensor in a message, whose payload is as long as it has to be."""
+        if self.dtype != "u1":  # is to lie where its values are aligned
+            message, start = message[start:], 0
+        return np.frombuffer(message, self.dtype, -1, start).reshape(self.shape)
+
+
+class Alike(NamedTuple):
+    """Messages that came together and differ in ids and payloads only; none yet where nothing is familiar."""
+
+    familiar: Familiar | None
+    ids: list[str]
+    inputs: list[NDArray[Any]]
+
+
+class Headers:
+    """Headers of raw tensors that were read, and found good, before: most differ from one of them in their id only."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[bytes, bytes], Familiar] = {}
+
+    def recall(self, message: bytearray) -> tuple[str, Familiar, int] | None:
+        """The id, in JSON, what the header says, and where the payload begins; None if this is to be read."""
+        start = _LENGTH.size + int.from_bytes(message[: _LENGTH.size], "little")
+        header = bytes(message[_LENGTH.size : start])
+        found = _ID.search(header)
+        if found is None:
+            return None
+        known = self._known.get((header[: found.start(1)], header[found.end() :]))
+        if known is None or len(message) - start != known.nbytes:
+            return None
+        return found[1].decode("ascii"), known, start
+
+    def remember(self, data: bytes, message: Message, parameters: Parameters) -> None:
+        """Keep what a header said that is good; it is plain if nothing but its one id can be taken for that."""
+        header = data[_LENGTH.size : len(data) - len(message.payload)]
+        found = _ID.search(header)
+        if found is None or len(header) > REMEMBERED_BYTES or header.count(b'"id"') > 1 or b"\\" in header:
+            return
+        if len(self._known) >= REMEMBERED:
+            self._known.clear()
+        dtype, shape = _DTYPES[message.header["dtype"]], tuple(message.header["shape"])
+        nbytes = np.dtype(dtype).itemsize * math.prod(shape)
+        self._known[header[: found.start(1)], header[found.end() :]] = Familiar(parameters, dtype, shape, nbytes)
+
+
+# An id that goes back as it came.
+_ID = re.compile(rb'"id": ?((?:0|[1-9][0-9]{0,17})|"[ !#-\[\]-~]*")(?=[,}])')
+
+
 def error_text(message_id: MessageId | None, error: ServeError) -> str:
     """The text message that tells a client of an error."""
     document = {"id": message_id, "error": str(error), "reason": error.reason, "status": error.status, **error.details}
@@ -197,79 +261,162 @@ def _listed(names: Any) -> str:
 class Connection:
     """One WebSocket: reads queries, and sends what becomes of them as it does.
 
-    There is no task per query: what is announced within one turn of the event loop is collected at the end of it, and
-    one task sends. A client that does not read its replies holds up nobody but itself: its answers are counted when
-    they are there, its queries in flight reach the limit, and errors beyond that are sent before more is read from it.
-    One that goes on so is cut off: it would hold this connection for ever.
+    There is no task per query: all that one read brought is queued at once, and what is announced within one turn of
+    the event loop is collected and sent at the end of it. A client that does not take its replies holds up nobody but
+    itself: its answers are counted when they are there, its queries in flight reach the limit, and nothing is read
+    beyond the first error that it does not take. One that goes on so is cut off: it would hold this connection for
+    ever.
     """
 
     def __init__(
-        self, request: web.Request, socket: web.WebSocketResponse, serving: StreamServing, limits: StreamLimits
+        self,
+        request: web.Request,
+        writer: AbstractStreamWriter,
+        serving: StreamServing,
+        limits: StreamLimits,
+        headers: Headers,
     ) -> None:
-        self._request, self._socket, self._serving, self._limits = request, socket, serving, limits
-        self._sent = 0
+        self._serving, self._limits, self._headers = serving, limits, headers
+        most_bytes = _LENGTH.size + MAX_HEADER_BYTES + limits.body_bytes
+        self.socket = Socket(request, writer, self, most_bytes=most_bytes, send_s=limits.send_s)
         self._draining = False
         self._in_flight = 0  # messages accepted and not yet answered, in whatever stage
-        self._waiting: dict[PendingReply, MessageId] = {}
+        self._waiting: dict[PendingReply, str] = {}  # the ids of queries, in JSON
         self._announced: list[PendingReply] = []
-        self._outbox: deque[str] = deque()
-        self._posted = asyncio.Event()
+        self._outbox: list[bytes] = []  # replies to messages in flight
         self._idle = asyncio.Event()
         self._idle.set()
+        self._tasks = asyncio.TaskGroup()
         self._decoders: set[asyncio.Task[None]] = set()
         self._may_decode = asyncio.Semaphore(MOST_DECODING)
 
     async def run(self) -> None:
-        """Serve until the socket is closed; then cancel what is unanswered."""
+        """Serve until the socket is closed; then cancel what is unanswered. Raises what ended it, FrameError too."""
+        over = self.socket.over
         try:
-            async with asyncio.TaskGroup() as tasks:  # a failure of any ends the connection, and is logged above
-                sender, watcher = tasks.create_task(self._send_posted()), tasks.create_task(self._watch())
-                await self._read(tasks)
-                for task in (sender, watcher, *self._decoders):
+            async with self._tasks as tasks:  # a failure of any ends the connection, and is logged above
+                socket = self.socket
+                helping = (socket.attend, socket.watch, socket.ask_whether_there)
+                helpers = [tasks.create_task(each()) for each in helping]
+                socket.open()
+                await asyncio.wait((over,))
+                for task in (*helpers, *self._decoders):
                     task.cancel()
         finally:
+            over.cancel()  # nothing more is received
             self._announced.clear()
             for pending in self._waiting:
                 pending.cancel()
             self._waiting.clear()
             self._idle.set()
+        if not over.cancelled():
+            over.result()
+
+    def refuse(self) -> None:
+        """Refuse new queries from now on."""
+        self._draining = True
 
     async def drain(self) -> None:
-        """Refuse new queries, wait until those in flight are answered, and say goodbye."""
-        self._draining = True
+        """Wait until what is in flight is answered, new queries being refused, and say goodbye."""
+        self.refuse()
         with suppress(TimeoutError):
-            async with asyncio.timeout(self._limits.drain_s if self._waiting or self._decoders else CLOSE_S):
+            async with asyncio.timeout(self._limits.drain_s if self._waiting or self._decoders else websocket.CLOSE_S):
                 await self._idle.wait()
-        # Not drained: a client that reads nothing would never let this end.
-        await self._socket.close(code=WSCloseCode.GOING_AWAY, message=b"the server is stopping", drain=False)
+        await self.socket.close(GOING_AWAY, "the server is stopping")
 
-    async def _read(self, tasks: asyncio.TaskGroup) -> None:
-        async for message in self._socket:
-            arrival_s = self._serving.clock()
-            if message.type is WSMsgType.BINARY:
-                await self._receive(message.data, arrival_s, tasks)
-            elif message.type is WSMsgType.TEXT:
-                await self._send(error_text(None, BadRequest("a text message; queries are binary messages")))
+    # ------------------------------------------------------------------------------------------------------- reading
 
-    async def _receive(self, data: bytes, arrival_s: float, tasks: asyncio.TaskGroup) -> None:
+    def receive(self, messages: Iterator[tuple[int, bytearray]]) -> None:
+        """Queue what one read brought, until something has to be waited for."""
+        arrival_s, recall, alike = self._serving.clock(), self._headers.recall, Alike(None, [], [])
+        # In a flood, what is to be refused is refused in the cheapest way, which comes first in ``_take``.
+        plain = not self._draining and not self._serving.flooded
+        room = self._limits.in_flight - self._in_flight
+        for kind, data in messages:
+            known = recall(data) if kind == BINARY and plain and len(alike.ids) < room else None
+            if known is not None and known[1] is alike.familiar:
+                alike.ids.append(known[0])
+                alike.inputs.append(known[1].input(data, known[2]))
+                continue
+            self._begin_alike(alike, arrival_s)
+            alike = Alike(None, [], [])
+            if known is not None:
+                alike = Alike(known[1], [known[0]], [known[1].input(data, known[2])])
+            else:
+                self._receive(kind, data, arrival_s)
+                if self.socket.over.done():
+                    return
+                if not self._may_read():
+                    self.socket.hold()
+                    return
+            room = self._limits.in_flight - self._in_flight
+        self._begin_alike(alike, arrival_s)
+
+    def _begin_alike(self, alike: Alike, arrival_s: float) -> None:
+        """Queue what came together, or one by one what may be refused."""
+        if alike.familiar is None:
+            return
+        parameters, check = alike.familiar.parameters, self._serving.check_input
+        try:
+            inputs = [check(each) for each in alike.inputs]
+            found = self._serving.begin_all(inputs, arrival_s, parameters, self._announce)
+        except ServeError:  # is told below to whom it concerns
+            found = None
+        if found is not None:
+            self._waiting.update(zip(found, alike.ids, strict=True))
+            self._in_flight += len(found)
+            self._idle.clear()
+            return
+        for message_id, input in zip(alike.ids, alike.inputs, strict=True):
+            try:
+                self._begin(check(input), arrival_s, parameters, message_id)
+                self._accept()
+            except ServeError as error:
+                self._tell(error_text(json.loads(message_id), error))
+
+    def _may_read(self) -> bool:
+        return not self.socket.full and len(self._decoders) <= MOST_DECODING
+
+    def taken(self) -> None:
+        """The client took what it was sent; or an image is decoded."""
+        if self.socket.full:
+            self.socket.tell_when_taken()
+            return
+        self._flush()
+        if self._may_read():
+            self.socket.go_on()
+
+    def _receive(self, kind: int, data: bytearray, arrival_s: float) -> None:
+        if kind == BINARY:
+            self._take(bytes(data), arrival_s)
+        elif kind == TEXT:
+            self._tell(error_text(None, BadRequest("a text message; queries are binary messages")))
+        else:
+            self.socket.control(kind, data)
+
+    def _take(self, data: bytes, arrival_s: float) -> None:
         message_id = None
         try:
             message = split_message(data)
             message_id = message.id
             parameters = self._admit(message, arrival_s)
-            input = self._input_of(message)
+            tensor = message.tensor()
+            if tensor is not None:
+                input: NDArray[Any] | None = self._serving.check_input(tensor)
+                self._headers.remember(data, message, parameters)
+            else:
+                input = self._serving.decode_inline(message.payload, message.content_type())
             if input is not None:
-                self._begin(input, arrival_s, parameters, message_id)
+                self._begin(input, arrival_s, parameters, json.dumps(message_id))
                 self._accept()
                 return
         except ServeError as error:
-            await self._send(error_text(message_id, error))
+            self._tell(error_text(message_id, error))
             return
-        await self._may_decode.acquire()
         self._accept()
-        task = tasks.create_task(self._decode(message, arrival_s, parameters, message_id))
+        task = self._tasks.create_task(self._decode(message, arrival_s, parameters, message_id))
         self._decoders.add(task)
-        task.add_done_callback(self._decoders.discard)
+        task.add_done_callback(self._decoded)
 
     def _admit(self, message: Message, arrival_s: float) -> Parameters:
         if self._draining:
@@ -283,31 +430,29 @@ class Connection:
         self._serving.turn_away(arrival_s, parameters)
         return parameters
 
-    def _input_of(self, message: Message) -> NDArray[Any] | None:
-        """The network input; None if decoding it would hold up other queries."""
-        tensor = message.tensor()
-        if tensor is not None:
-            return self._serving.check_input(tensor)
-        return self._serving.decode_inline(message.payload, message.content_type())
-
     async def _decode(
         self, message: Message, arrival_s: float, parameters: Parameters, message_id: MessageId
     ) -> None:
+        """An image that would hold up other queries."""
         try:
-            input = await self._serving.decode(message.payload, message.content_type())
-            self._begin(input, arrival_s, parameters, message_id)
+            async with self._may_decode:
+                input = await self._serving.decode(message.payload, message.content_type())
+            self._begin(input, arrival_s, parameters, json.dumps(message_id))
         except ServeError as error:
-            self._post(error_text(message_id, error))
-        finally:
-            self._may_decode.release()
+            self._post([_framed(error_text(message_id, error))])
 
-    def _begin(self, input: NDArray[Any], arrival_s: float, parameters: Parameters, message_id: MessageId) -> None:
-        pending = self._serving.begin(input, arrival_s, parameters, self._announce)
-        self._waiting[pending] = message_id
+    def _decoded(self, task: asyncio.Task[None]) -> None:
+        self._decoders.discard(task)
+        self.socket.tell_when_taken()  # which goes on with what is held up
+
+    def _begin(self, input: NDArray[Any], arrival_s: float, parameters: Parameters, message_id: str) -> None:
+        self._waiting[self._serving.begin(input, arrival_s, parameters, self._announce)] = message_id
 
     def _accept(self) -> None:
         self._in_flight += 1
         self._idle.clear()
+
+    # ------------------------------------------------------------------------------------------------------- replying
 
     def _announce(self, pending: PendingReply) -> None:
         if not self._announced:
@@ -316,44 +461,43 @@ class Connection:
 
     def _collect(self) -> None:
         announced, self._announced = self._announced, []
-        for pending in announced:
-            message_id = self._waiting.pop(pending)
-            outcome = pending.collect()
-            if isinstance(outcome, ServeError):
-                self._post(error_text(message_id, outcome))
-            else:
-                self._post(f'{{"id": {json.dumps(message_id)}, {outcome.json()[1:]}')
+        try:
+            ids = [self._waiting.pop(pending) for pending in announced]
+            outcomes = self._serving.collect(announced)
+            self._post([_reply(*each) for each in zip(ids, outcomes, strict=True)])
+        except Exception as error:  # noqa: BLE001 nobody foresaw it: whoever runs this connection ends it
+            self.socket.fail(error)
 
-    def _post(self, text: str) -> None:
-        self._outbox.append(text)
-        self._posted.set()
+    def _post(self, replies: list[bytes]) -> None:
+        """Send replies to messages in flight, now or once the client takes them."""
+        self._outbox += replies
+        if self.socket.full:
+            self.socket.tell_when_taken()
+        else:
+            self._flush()
 
-    async def _send_posted(self) -> None:
-        while True:
-            await self._posted.wait()
-            self._posted.clear()
-            while self._outbox:
-                await self._send(self._outbox.popleft())
-                self._in_flight -= 1
-            if not self._in_flight:
-                self._idle.set()
+    def _flush(self) -> None:
+        if self._outbox:
+            self.socket.write(b"".join(self._outbox))
+            self._in_flight -= len(self._outbox)
+            self._outbox.clear()
+        if not self._in_flight:
+            self._idle.set()
 
-    async def _send(self, text: str) -> None:
-        try:  # noqa: SIM105 suppress would take as long as all else here
-            await self._socket.send_str(text)
-        except ConnectionError:
-            pass  # the client went away; reading ends, too
-        self._sent += 1
+    def _tell(self, text: str) -> None:
+        """Send an error for a message that was not accepted."""
+        self.socket.write(_framed(text))
 
-    async def _watch(self) -> None:
-        """Cut the client off once nothing could be sent for a time, be it replies or what aiohttp sends itself."""
-        paused = seen = 0
-        while paused < LOOKS:
-            await asyncio.sleep(self._limits.send_s / LOOKS)
-            paused = paused + 1 if self._request.protocol.writing_paused and self._sent == seen else 0
-            seen = self._sent
-        if self._request.transport is not None:
-            self._request.transport.abort()
+
+def _reply(message_id: str, outcome: Answered | ServeError) -> bytes:
+    """The frame that tells what became of a query; the id is JSON already."""
+    if isinstance(outcome, ServeError):
+        return _framed(error_text(json.loads(message_id), outcome))
+    return _framed(f'{{"id": {message_id}, {outcome.json()[1:]}')
+
+
+def _framed(text: str) -> bytes:
+    return frame(TEXT, text.encode())
 
 
 # ------------------------------------------------------------------------------------------------------ the application
@@ -365,46 +509,47 @@ class Streams:
     def __init__(self, serving: StreamServing, limits: StreamLimits) -> None:
         self._serving, self._limits = serving, limits
         self._open: set[Connection] = set()
+        self._headers = Headers()
         self._draining = False
 
-    async def handle(self, request: web.Request) -> web.WebSocketResponse:
+    async def handle(self, request: web.Request) -> web.StreamResponse:
         """GET /stream: a WebSocket, served until it is closed."""
         self._serving.limits()  # not ready is told as HTTP, before there is a socket
         if self._draining:
             raise NotReady("draining", retry_after_s=1)
-        socket = web.WebSocketResponse(
-            heartbeat=HEARTBEAT_S,
-            timeout=CLOSE_S,
-            compress=False,  # images do not shrink
-            max_msg_size=_LENGTH.size + MAX_HEADER_BYTES + self._limits.body_bytes + 1,
-        )
-        if not socket.can_prepare(request):
+        if not websocket.can_shake_hands(request):
             raise BadRequest("/stream is a WebSocket (version 13); connect to ws://HOST:PORT/stream")
-        await socket.prepare(request)
-        connection = Connection(request, socket, self._serving, self._limits)
+        response = websocket.handshake(request)
+        writer = await response.prepare(request)
+        assert writer is not None, "prepared once"
+        connection = Connection(request, writer, self._serving, self._limits, self._headers)
         self._open.add(connection)
         try:
             if self._draining:  # since a moment ago
+                connection.socket.open()
                 await connection.drain()
             else:
-                await self._serve(connection, socket)
+                await self._serve(connection)
         finally:
             self._open.discard(connection)
             if request.transport is not None:  # a transport waits for ever until all that was sent is taken
                 asyncio.get_running_loop().call_later(self._limits.send_s, request.transport.abort)
-        return socket
+        return response
 
-    async def _serve(self, connection: Connection, socket: web.WebSocketResponse) -> None:
+    async def _serve(self, connection: Connection) -> None:
         try:
             await connection.run()
+        except FrameError as error:
+            await connection.socket.close(error.code, str(error))
         except Exception:  # what nobody foresaw ends here: json_errors would answer it by HTTP, in the midst of frames
             log.exception("a request failed", extra={"fields": {"method": "GET", "path": "/stream"}})
-            # Not drained: a client that reads nothing would never let this end.
-            await socket.close(code=WSCloseCode.INTERNAL_ERROR, message=b"the server failed", drain=False)
+            await connection.socket.close(INTERNAL_ERROR, "the server failed")
 
     async def drain(self, _: web.Application) -> None:
         """Drain all connections at a time."""
         self._draining = True
+        for connection in self._open:
+            connection.refuse()
         await asyncio.gather(*(connection.drain() for connection in self._open))
 
 
