@@ -4,7 +4,7 @@ For the smallest, middle and largest subnet of the frontier (by accuracy) and ea
 of CPU threads, the median wall-clock time of one batch of
 
   budget0              the actuated subnet's executable on the shared weights, which folds slices on the way
-  default              its executable with packed weights of its own, for each subnet that a memory budget holds
+  default              its executable with packed weights of its own, as it runs when a memory budget holds it
   extracted_eager      the extracted network in plain torch: channels-last, inference mode
   extracted_compiled   the same compiled by torch.jit.trace, torch.jit.freeze and torch.jit.optimize_for_inference,
                        which fold norms and pack weights (not by torch.compile, which needs a C++ compiler)
@@ -12,7 +12,10 @@ of CPU threads, the median wall-clock time of one batch of
 
 Inputs lie ready in memory as each wants them. What is compared runs in turn, so that a slow moment of the machine falls
 on all alike; the first rounds warm up. All must give the logits of the actuated subnet to 1e-4, or the script fails.
-Batches above 16 are computed in parts by the executables, as the engine does, and whole by the others.
+Batches above 16 are computed in parts by the executables, as the engine does, and whole by the others. held tells
+whether the default budget holds the subnet; engine_to_onnxruntime compares what the engine then runs: default or
+budget0. With ``--clock processor`` all times are processor time of the process, which other work on the machine
+distorts far less; on one thread it is the same on a machine of its own.
 
 Actuation is the engine's look-up by name between two batches on subnets of the frontier, with the default budget. The
 curve over memory budgets holds subnets in the profile's order, as the server does; a subnet's latency at a budget is
@@ -63,6 +66,7 @@ from servable import Servable, load_servable
 from supernet import Supernet, SupernetError
 
 TOLERANCE, WARM_UP, FEWEST = 1e-4, 3, 3  # the latter two in rounds
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 BUDGETS = ("0", "1x", "2x", "4x", "8x")
 CURVE_BATCH, CURVE_SECONDS = 8, 40.0
 
@@ -132,7 +136,9 @@ def inputs(servable: Servable, count: int, seed: int) -> Tensor:
 
 
 @torch.inference_mode()
-def interleaved(runs: Runs, rounds: int, seconds: float, step: Step) -> dict[str, float]:
+def interleaved(
+    runs: Runs, rounds: int, seconds: float, step: Step, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """Median milliseconds of each; fewer rounds than asked for, but at least three, once they take so long."""
     for run in list(runs.values()) * WARM_UP:
         run()
@@ -143,9 +149,9 @@ def interleaved(runs: Runs, rounds: int, seconds: float, step: Step) -> dict[str
         if number >= FEWEST and time.perf_counter() - began_s > seconds:
             continue  # the bar runs on
         for name, run in runs.items():
-            started_s = time.perf_counter()
+            started_s = clock()
             run()
-            samples[name].append(time.perf_counter() - started_s)
+            samples[name].append(clock() - started_s)
     return {name: round(statistics.median(taken) * 1e3, 4) for name, taken in samples.items()}
 
 
@@ -158,8 +164,10 @@ def check(where: str, runs: Runs, expected: Tensor) -> None:
             sys.exit(f"bench_engine.py: {where}: {name} differs by {difference:.2g} from the actuated subnet")
 
 
-def compare(servable: Servable, name: str, options: argparse.Namespace, step: Step) -> tuple[list[Any], dict[str, Any]]:
-    """Latencies of a subnet's forms by batch size, and their sizes."""
+def compare(
+    servable: Servable, name: str, held: bool, options: argparse.Namespace, step: Step
+) -> tuple[list[Any], dict[str, Any]]:
+    """Latencies of a subnet's forms by batch size, and their sizes; ``held``: by the default budget."""
     example = inputs(servable, 1, options.seed)
     networks, sizes = networks_of(servable.supernet, name, example, options.threads)
     rows = []
@@ -168,10 +176,12 @@ def compare(servable: Servable, name: str, options: argparse.Namespace, step: St
         plain = x.contiguous()
         runs = {form: partial(run, plain if form == "onnxruntime" else x) for form, run in networks.items()}
         check(f"{name}, batch {batch}", runs, servable.supernet.actuate(servable.supernet.space.parse(name))(x))
-        medians_ms = interleaved(runs, options.rounds, options.seconds, step)
+        medians_ms = interleaved(runs, options.rounds, options.seconds, step, CLOCKS[options.clock])
         row = {"subnet": name, "batch": batch} | {f"{form}_ms": median for form, median in medians_ms.items()}
         row["budget0_to_eager"] = round(medians_ms["budget0"] / medians_ms["extracted_eager"], 3)
         row["default_to_onnxruntime"] = round(medians_ms["default"] / medians_ms["onnxruntime"], 3)
+        run_ms = medians_ms["default" if held else "budget0"]
+        row |= {"held": held, "engine_to_onnxruntime": round(run_ms / medians_ms["onnxruntime"], 3)}
         rows.append(row)
     return rows, sizes
 
@@ -185,7 +195,8 @@ def switching(servable: Servable, names: Sequence[str], seed: int) -> tuple[dict
     engine = Engine(servable, "cpu", memory_budget=budget)
     asyncio.run(engine.prepare(names))
     assert engine.executables is not None, "a CPU has them"
-    held = {"default_held": len(engine.executables.held), "default_held_bytes": engine.executables.nbytes}
+    names_held = list(engine.executables.held)
+    held = {"default_held": len(names_held), "default_held_bytes": engine.executables.nbytes}
     for name in random.Random(seed).choices(names, k=20_000):
         started_s = time.perf_counter()
         engine._network(name)
@@ -193,7 +204,7 @@ def switching(servable: Servable, names: Sequence[str], seed: int) -> tuple[dict
     engine.close()
     p99 = statistics.quantiles(taken, n=100)[98]
     times = {"actuation_us": round(statistics.median(taken), 2), "actuation_us_p99": round(p99, 2)}
-    return times, {"default_budget_bytes": int(budget), **held}
+    return times, {"default_budget_bytes": int(budget), **held, "default_held_subnets": names_held}
 
 
 def resident_bytes() -> int | None:
@@ -224,7 +235,7 @@ def budget_curve(servable: Servable, names: Sequence[str], options: argparse.Nam
     cache.fill()
     runs = {f"{name} shared": partial(run, x) for name, run in zip(names, shared, strict=True)}
     runs |= {f"{name} packed": partial(cache.get(name), x) for name in names}
-    medians_ms = interleaved(runs, options.rounds, CURVE_SECONDS, step)
+    medians_ms = interleaved(runs, options.rounds, CURVE_SECONDS, step, CLOCKS[options.clock])
     for point, packed, after in zip(points, held, resident, strict=True):
         point["resident_growth_bytes"] = None if after is None or resident[0] is None else after - resident[0]
         latencies_ms = [medians_ms[f"{name} {'packed' if name in packed else 'shared'}"] for name in names]
@@ -245,7 +256,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with tqdm(total=options.rounds * (1 + len(picked) * len(options.batches)), disable=None, leave=False) as bar:
         curve = budget_curve(servable, names, options, bar.update)
         times, default = switching(servable, names, options.seed)
-        compared = [compare(servable, name, options, bar.update) for name in picked]
+        held = default["default_held_subnets"]
+        compared = [compare(servable, name, name in held, options, bar.update) for name in picked]
     stored = memory(servable, ranked)
     return {
         "rows": [row for rows, _ in compared for row in rows],
@@ -270,6 +282,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--profile", type=Path, default=Path("profiles/cifar10"), help="folder of the servable (default: %(default)s)")
     add("--subnets", choices=("three", "all"), default="three", help="three of the frontier, or all of it")
     add("--batches", type=int, nargs="+", default=[1, 8, 32], metavar="N", help="batch sizes (default: 1 8 32)")
+    add("--clock", choices=tuple(CLOCKS), default="wall", help="what is measured (default: %(default)s)")
     add("--threads", type=int, default=1, help="CPU threads of each (default: %(default)s)")
     add("--rounds", type=int, default=40, help="how often each is timed, at most (default: %(default)s)")
     add("--seconds", type=float, default=8.0, help="after so long no more rounds for a row (default: %(default)s)")
@@ -293,7 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for rows in (document["rows"], document["memory"]["subnets"], document["budget_curve"]):
         print(table(rows))
     facts = {"machine": platform.platform(), "torch": torch.__version__, "onnxruntime": version("onnxruntime")}
-    print(json.dumps({**document, **facts, "threads": options.threads, "seed": options.seed}))
+    print(json.dumps({**document, **facts, "threads": options.threads, "clock": options.clock, "seed": options.seed}))
 
 
 if __name__ == "__main__":

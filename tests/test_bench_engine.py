@@ -78,7 +78,7 @@ def test_bad_usage_names_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def options(**given: object) -> argparse.Namespace:
-    return argparse.Namespace(**{"rounds": 1, "seconds": 1.0, "seed": 0, "threads": 1, **given})
+    return argparse.Namespace(**{"rounds": 1, "seconds": 1.0, "seed": 0, "threads": 1, "clock": "wall", **given})
 
 
 @pytest.mark.slow

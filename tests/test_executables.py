@@ -185,6 +185,9 @@ FORMS: dict[str, Callable[[Block, Tensor], Tensor]] = {
     "norm after a norm": lambda b, x: F.relu(b.norm2(b.norm1(b.conv1(x)))),
     "two norms of one convolution": lambda b, x: _two_norms(b, b.conv1(x)),
     "relu of what is used again": lambda b, x: _used_again(b.norm1(b.conv1(x))),
+    "mean of pixels": lambda b, x: b.conv1(x) + x.mean((2, 3))[..., None, None],
+    "mean of pixels by a function": lambda b, x: b.conv1(x) + torch.mean(b.conv2(x), (2, 3))[..., None, None],
+    "mean of two of five dimensions": lambda b, x: b.conv1(x) + x.unsqueeze(2).mean((2, 3)).unsqueeze(2),
     "nothing to fuse": lambda b, x: torch.tanh(b.conv1(F.gelu(b.conv2(x)))),
 }  # fmt: skip
 
