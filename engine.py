@@ -45,6 +45,7 @@ from ensembles import (
 from executables import ExecutableCache
 from inputbatches import Batching, batching_for
 from members import is_mirrored, subnet_of
+from priorities import go_first
 from servable import Servable
 from supernet import ActuatedSubnet
 from workers import Crew
@@ -349,6 +350,8 @@ class Engine:
         if self._device.type == "cuda":
             return self._without_thread.pop()
         torch.set_num_threads(self._threads)  # counts for the calling thread
+        if _cores() > self.facts.workers * self._threads:  # else who reads requests would never come to it
+            go_first()
         worker = Worker(self._batching, self._free_memory)
         worker.group = ThreadGroup(self.ensembles.beside, self.ensembles.threads)
         self._groups.append(worker.group)

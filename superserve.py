@@ -44,6 +44,7 @@ from config import Config, ConfigError, parse_arguments
 from dispatcher import Answer, Batch, DeadlineHeap, Dispatcher, Pending, Query, ReplySlot
 from engine import DeviceLostError, EngineError, Outputs
 from logs import log_event, start_log
+from priorities import switch_promptly
 from profiletable import refuse_synthetic
 from servable import load_servable
 from slackfit import ProfileError, ProfileTable
@@ -637,8 +638,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if command.check:
         sys.exit(startup.report(startup.check(command.config)))
     start_log()
-    # A batch is many short torch calls that each release the interpreter; the event loop would keep it for 5 ms.
-    sys.setswitchinterval(0.0001)
+    switch_promptly()
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(serve_forever(command.config))

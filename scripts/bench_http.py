@@ -53,7 +53,8 @@ from tqdm import tqdm
 HOUSE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HOUSE))
 
-from scripts import workloads  # noqa: E402 the path is set above
+from priorities import switch_promptly  # noqa: E402 the path is set above
+from scripts import workloads  # noqa: E402
 from scripts.replay import Client, provenance  # noqa: E402
 from wholefile import write_text  # noqa: E402
 
@@ -110,7 +111,7 @@ class Place:
 def serve(profile: Path, core: int | None, pipe: Pipe) -> None:
     """The server process: sends its Place, then its processor time whenever asked, until it is told None."""
     pin(core)
-    sys.setswitchinterval(0.0005)  # as the server has it
+    switch_promptly()  # as the server does
     uvloop.run(_serve(profile, pipe))
 
 
