@@ -227,7 +227,7 @@ examples:
   superserve                                       serve the bundled CIFAR-10 supernet on 127.0.0.1:8000
   superserve --profile profiles/digits --port 9000 serve another profile
   superserve --config /etc/superserve.toml --check say what would keep a server from starting, and exit with 1 or 0
-  superserve --policy fixed:largest                always the most accurate subnet, for comparison
+  superserve --policy fixed:largest                always the most accurate single subnet, for comparison
   curl --data-binary @examples/cat.jpg 'http://127.0.0.1:8000/predict?slo_ms=50'
 
 In a checkout, python superserve.py is the same command. docs/operations.md tells when to change which option.

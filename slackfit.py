@@ -575,10 +575,10 @@ def make_policy(spec: str, table: ProfileTable, workers: int = 1) -> Policy:
 
 
 def _fixed_entry(name: str, table: ProfileTable) -> Entry:
-    if name == "largest":
-        return table.most_accurate
-    if name == "smallest":
-        return table.fastest
+    if name in ("largest", "smallest"):
+        # Of one model: ensembles stand in where there is nothing else.
+        entries = [entry for entry in table.entries if entry.choice.ensemble is None] or table.entries
+        return entries[-1] if name == "largest" else entries[0]
     try:
         return table.by_name(name)
     except ProfileError as error:

@@ -38,6 +38,7 @@ from servable import Servable
 MOST_CANDIDATES = 16  # members; of so many there are 120 pairs and 560 triples
 SIZES = (2, 3)
 MOST = 6  # ensembles that become choices
+LEAST_GAIN = 0.001  # in accuracy, over everything faster: what is worth another choice, and its time
 PARTS = 10  # of the whole weight
 
 
@@ -210,7 +211,14 @@ def chosen(singles: Sequence[Candidate], found: Sequence[Found]) -> list[Found]:
     on_it = frontier([*singles, *(each.candidate for each in found)])
     kept = thinned([each for each in on_it if each.name in by_name], MOST)
     sure = frontier([replace(each, accuracy=each.confirmed) for each in [*singles, *kept]])
-    return [by_name[each.name] for each in sure if each.name in by_name]
+    better, best = [], -1.0
+    for each in sure:
+        if each.name not in by_name:
+            best = each.accuracy
+        elif each.accuracy >= best + LEAST_GAIN:
+            better.append(by_name[each.name])
+            best = each.accuracy
+    return better
 
 
 def report(found: Sequence[Found], choices: Sequence[slackfit.Choice]) -> None:

@@ -222,6 +222,13 @@ def test_what_only_chance_has_chosen_is_dropped() -> None:
     assert chosen(singles, [found("a+b", 0.8, 3.0, confirmed=0.69)]) == []
 
 
+def test_what_is_hardly_better_is_not_worth_its_time() -> None:
+    singles = [single("a", 0.6, 1.0), single("b", 0.7, 2.0)]
+    assert chosen(singles, [found("a+b", 0.8, 3.0, confirmed=0.7005)]) == []
+    both = [found("a+b", 0.8, 3.0, confirmed=0.702), found("a+c", 0.81, 4.0, confirmed=0.7025)]
+    assert names_of(chosen(singles, both)) == ["a+b"]
+
+
 def test_a_few_are_kept_the_most_accurate_among_them() -> None:
     singles = [single("a", 0.1, 1.0)]
     looked = [found(f"a+{index}", 0.2 + index / 100, 2.0 + index) for index in range(20)]

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plain_policies import PlainPaceFit
 
+from profiletable import Ensemble
 from slackfit import (
     POLICIES,
     Decision,
@@ -334,6 +335,18 @@ def test_slackfit_takes_the_bucket_nearest_to_the_slack(table: ProfileTable) -> 
 def test_fixed_runs_its_subnet_in_the_largest_batch_that_fits(table: ProfileTable) -> None:
     assert run(make_policy("fixed:s2", table), queue_of(1.0, *[10.0] * 40)) == (1, "s2", 14)
     assert run(make_policy("fixed:s2", table), queue_of(1.0)) == (1, "", 0)
+
+
+def test_the_largest_and_the_smallest_are_subnets_where_there_are_any(table: ProfileTable) -> None:
+    both = Ensemble(members=("s1", "s6"), combination="mean", weights=(0.5, 0.5))
+    ends = [
+        replace(entry, choice=replace(entry.choice, name=both.name, kind="ensemble", ensemble=both))
+        for entry in (table.entries[0], table.entries[-1])
+    ]
+    mixed = replace(table, entries=(ends[0], *table.entries[1:-1], ends[1]))
+    assert run(make_policy("fixed:largest", mixed), queue_of(36.0))[1] == "s5"
+    assert run(make_policy("fixed:smallest", mixed), queue_of(36.0))[1] == "s2"
+    assert run(make_policy("fixed:largest", replace(table, entries=tuple(ends))), queue_of(36.0))[1] == both.name
 
 
 def test_fixed_gives_up_a_query_whose_floor_is_above_its_subnet(table: ProfileTable) -> None:
