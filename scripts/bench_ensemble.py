@@ -34,6 +34,7 @@ import slackfit
 from config import Config
 from engine import Engine, EngineError, measure_latencies
 from ensembles import MODES, forced
+from members import subnet_of
 from profiletable import Ensemble
 from scripts import datasets
 from scripts.replay import provenance
@@ -57,8 +58,8 @@ def pick(choices: Sequence[slackfit.Choice], members: Sequence[str] | None) -> E
         return best
     names = [choice.name for choice in choices if choice.ensemble is None]
     for member in members:
-        if member not in names:
-            raise slackfit.ProfileError(f"no subnet '{member}' in choices.json: there are {', '.join(names)}")
+        if subnet_of(member) not in names:
+            raise slackfit.ProfileError(f"no subnet '{subnet_of(member)}' in choices.json: there are {', '.join(names)}")
     share = 1 / len(members)
     ensemble = Ensemble(members=tuple(members), combination="mean", weights=(share,) * len(members))
     listed = [choice.ensemble for choice in choices if choice.ensemble and choice.name == ensemble.name]
@@ -74,7 +75,7 @@ def start(servable: Servable, ensembles: Sequence[Ensemble], device: str, thread
     """An engine with one worker that holds what the server's would by default."""
     budget = Config().memory_budget_bytes(servable.supernet.nbytes)
     engine = Engine(servable, device, threads=threads, memory_budget=budget, ensembles=ensembles)
-    members = [member for ensemble in ensembles for member in ensemble.members]
+    members = [subnet_of(member) for ensemble in ensembles for member in ensemble.members]
     asyncio.run(engine.prepare([*dict.fromkeys(members), *(ensemble.name for ensemble in ensembles)]))
     return engine
 
