@@ -57,9 +57,9 @@ def pick(choices: Sequence[slackfit.Choice], members: Sequence[str] | None) -> E
         assert best is not None, "chosen for having one"
         return best
     names = [choice.name for choice in choices if choice.ensemble is None]
-    for member in members:
-        if subnet_of(member) not in names:
-            raise slackfit.ProfileError(f"no subnet '{subnet_of(member)}' in choices.json: there are {', '.join(names)}")
+    for subnet in map(subnet_of, members):
+        if subnet not in names:
+            raise slackfit.ProfileError(f"no subnet '{subnet}' in choices.json: there are {', '.join(names)}")
     share = 1 / len(members)
     ensemble = Ensemble(members=tuple(members), combination="mean", weights=(share,) * len(members))
     listed = [choice.ensemble for choice in choices if choice.ensemble and choice.name == ensemble.name]
