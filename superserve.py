@@ -274,6 +274,9 @@ class SuperServe:
             assert self.dispatcher is not None, "it took the query"
             self.dispatcher.cancel(query)
             raise
+        except ServeError:
+            del query, reply  # the error refers to this frame, and they to the error
+            raise
         return self.answered(query, answer, parameters.top_k)
 
     def begin(
@@ -357,6 +360,10 @@ class SuperServe:
         dispatcher = self._open()
         corrections = dispatcher.corrections.factors(self.clock())
         return slackfit.table_document(dispatcher.measured, corrections, dispatcher.slowdown)
+
+    def is_idle(self) -> bool:
+        """Whether nothing waits and nothing is computed."""
+        return not self._waiting() and not self._batches
 
     def _waiting(self) -> int:
         return 0 if self.dispatcher is None else len(self.dispatcher.heap)
@@ -603,7 +610,9 @@ async def serve_forever(config: Config) -> None:
             if starting.done():
                 starting.result()  # a failed start ends the server
                 startup.settle_garbage()
+                tidying = asyncio.create_task(startup.collect_when_idle(app[SERVE].clock, app[SERVE].is_idle))
                 await _until(stopping, app[SERVE], config.summary_s)
+                tidying.cancel()
             log_event("draining")
             await app[SERVE].close()
     finally:
