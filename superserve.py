@@ -576,7 +576,8 @@ def make_app(config: Config) -> web.Application:
     count = app[SERVE].metrics.count_response
     app[DOOR] = Door(app[SERVE], count, keyed=access.keys is not None)
     if not access.origins:  # whose answers have headers of their own
-        app[LANE] = Lane(app[SERVE], app[DOOR], count, config.max_body_bytes)
+        app[LANE] = Lane(app[SERVE], app[DOOR], count, config.max_body_bytes, config.drain_timeout_s)
+        app.on_shutdown.append(app[LANE].drain)
     app.cleanup_ctx.append(_lifespan)
     return app
 
