@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from profiletable import Corrections
 from slackfit import Decision, Entry, Policy, ProfileTable
-from web.errors import BatchFailed, DeadlineExceeded, NotReady, QueueFull, ServeError
+from web.errors import BatchFailed, DeadlineExceeded, NotReady, QueueFull, ServeError, forget_past
 
 if TYPE_CHECKING:
     from engine import Outputs  # deciding needs no torch
@@ -412,7 +412,10 @@ class Dispatcher:
         if not self._has_room(query.deadline_s, query.input.nbytes, now_s):
             refusal = self.refusal(query, now_s, query.input.nbytes)
             if refusal is not None:
-                raise self._refuse_arrival(query, refusal, now_s)
+                try:
+                    raise self._refuse_arrival(query, refusal, now_s)
+                finally:
+                    del refusal  # its error refers to this frame; they are to be freed without the garbage collector
         self._arrive(now_s)
         self.refused_share -= FOLLOWED * self.refused_share
         self.policy.arrived(now_s, max(0.0, query.slo_s - self.overhead_s) / self._stretch)
@@ -460,8 +463,13 @@ class Dispatcher:
         if refusal is not None:
             # One that arrived long ago says nothing of others.
             fresh = refusal.outcome == "infeasible" and now_s < arrival_s + ALIKE_S
+            if precedent is not None:  # else what is dropped here would wait for the garbage collector
+                forget_past(precedent.refusal.error)
             self._precedent = Precedent(query, refusal, now_s, coming) if fresh else None
-            raise self._refuse_arrival(query, refusal, now_s)
+            try:
+                raise self._refuse_arrival(query, refusal, now_s)
+            finally:
+                del refusal  # as in ``submit``
 
     def _has_room(self, deadline_s: float, nbytes: int, now_s: float, coming: int = 0, delay_s: float = 0.0) -> bool:
         """Whether a query is accepted for sure: a glance, which does for most; False leaves it to ``refusal``.

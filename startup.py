@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import gc
 import hashlib
@@ -12,13 +13,14 @@ import itertools
 import json
 import logging
 import ssl
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from aiohttp import web
+from PIL import Image
 from tqdm import tqdm
 
 import slackfit
@@ -39,6 +41,8 @@ from web.tokenizer import FILES as TOKENIZER_FILES
 from web.tokenizer import NO_PACKAGE, TokenizerError, find_tokenizer, load_tokenizer
 
 PROFILED_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
+# Garbage is looked for in these intervals, in all that is not frozen for so much of the time at most.
+COLLECTED_EVERY_S, COLLECTING = 2.0, 0.00005
 
 
 def check_policy(spec: str, choices: Sequence[Choice], workers: int) -> None:
@@ -75,6 +79,7 @@ def input_form(config: Config, servable: Servable) -> ImageForm | TextForm:
     """How requests become inputs of this network; raises SupernetError for a tokenizer file that cannot be used."""
     spec = servable.input
     if isinstance(spec, InputSpec):
+        Image.init()  # loads what reads images; else the first odd one would do so, while others wait
         return ImageForm(spec, config.max_pixels)
     path = find_tokenizer(config.profile)
     missing = f"no {' or '.join(TOKENIZER_FILES)} lies beside the weights" if path is None else NO_PACKAGE
@@ -122,7 +127,24 @@ def settle_garbage() -> None:
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 20, 100)
+    gc.set_threshold(20_000, 5, 5)
+
+
+async def collect_when_idle(clock: Callable[[], float], is_idle: Callable[[], bool]) -> None:
+    """Look for garbage every so often while it holds nobody up; for ever.
+
+    What a server that is hardly asked leaves would never come to the thresholds. Collecting all that is not frozen
+    takes the longer the more connections there are: then it is seldom done, and else only what is new is looked at.
+    """
+    full_from_s = 0.0
+    while True:
+        await asyncio.sleep(COLLECTED_EVERY_S)
+        if is_idle():
+            began_s = clock()
+            full = began_s >= full_from_s
+            gc.collect(2 if full else 1)
+            if full:
+                full_from_s = began_s + (clock() - began_s) / COLLECTING
 
 
 # ------------------------------------------------------------------------------------------------------------- the door

@@ -275,6 +275,9 @@ class SuperServe:
             assert self.dispatcher is not None, "it took the query"
             self.dispatcher.cancel(query)
             raise
+        except ServeError:
+            del query, reply  # the error refers to this frame, and they to the error
+            raise
         return self.answered(query, answer, parameters.top_k)
 
     def begin(
@@ -358,6 +361,10 @@ class SuperServe:
         dispatcher = self._open()
         corrections = dispatcher.corrections.factors(self.clock())
         return slackfit.table_document(dispatcher.measured, corrections, dispatcher.slowdown)
+
+    def is_idle(self) -> bool:
+        """Whether nothing waits and nothing is computed."""
+        return not self._waiting() and not self._batches
 
     def _waiting(self) -> int:
         return 0 if self.dispatcher is None else len(self.dispatcher.heap)
@@ -570,7 +577,8 @@ def make_app(config: Config) -> web.Application:
     count = app[SERVE].metrics.count_response
     app[DOOR] = Door(app[SERVE], count, keyed=access.keys is not None)
     if not access.origins:  # whose answers have headers of their own
-        app[LANE] = Lane(app[SERVE], app[DOOR], count, config.max_body_bytes)
+        app[LANE] = Lane(app[SERVE], app[DOOR], count, config.max_body_bytes, config.drain_timeout_s)
+        app.on_shutdown.append(app[LANE].drain)
     app.cleanup_ctx.append(_lifespan)
     return app
 
@@ -604,7 +612,9 @@ async def serve_forever(config: Config) -> None:
             if starting.done():
                 starting.result()  # a failed start ends the server
                 startup.settle_garbage()
+                tidying = asyncio.create_task(startup.collect_when_idle(app[SERVE].clock, app[SERVE].is_idle))
                 await _until(stopping, app[SERVE], config.summary_s)
+                tidying.cancel()
             log_event("draining")
             await app[SERVE].close()
     finally:

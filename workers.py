@@ -205,7 +205,10 @@ class Hands:
             job = self._crew.run(_without_tool(work))
         except ClosedError:
             return work()  # nothing is left that it could hold up
-        return await job
+        try:
+            return await job
+        finally:
+            del job  # it keeps its error, which refers to this frame, and to all that the work has read
 
     def close(self, timeout_s: float) -> None:
         """As Crew.close."""

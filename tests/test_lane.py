@@ -280,6 +280,45 @@ async def test_a_query_under_way_is_answered_when_the_server_drains(profile: Pat
         writer.close()
 
 
+async def test_queries_are_answered_where_the_application_is_cleaned_up_without_the_server_being_closed_before(
+    profile: Path,
+) -> None:
+    async with place(profile, held=True) as where:
+        streams = [await where.connect() for _ in range(3)]
+        for number, (_, writer) in enumerate(streams, start=1):
+            writer.write(request())
+            await turns_until(lambda: where.counters.get("arrivals") == number)  # noqa: B023
+        streams[0][1].close()
+        asyncio.get_running_loop().call_later(0.2, where.gate.set)
+    for reader, writer in streams[1:]:
+        assert (await answered(reader))[0] == 200
+        assert await reader.read() == b""
+        writer.close()
+    assert where.counters == {"arrivals": 3, "in_time": 2, "cancelled": 1}
+
+
+@pytest.mark.slow
+async def test_an_answer_for_which_the_server_drains_is_waited_for_longer_than_for_a_client_to_read(
+    profile: Path,
+) -> None:
+    async with place(profile, held=True, body_timeout_s=0.1) as where:
+        reader, writer = await where.connect()
+        writer.write(request())
+        await turns_until(lambda: where.engine.batches)
+        asyncio.get_running_loop().call_later(0.5, where.gate.set)
+    assert (await answered(reader))[0] == 200
+    writer.close()
+
+
+async def test_draining_the_lane_ends_in_time(profile: Path) -> None:
+    async with place(profile, held=True, drain_timeout_s=0.05) as where:
+        reader, writer = await where.connect()
+        writer.write(request())
+        await turns_until(lambda: where.engine.batches)
+    assert await reader.read() == b""
+    writer.close()
+
+
 async def test_what_nobody_foresaw_is_left_to_the_handler_which_tells_and_logs_it(
     profile: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

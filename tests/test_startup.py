@@ -1,16 +1,20 @@
 """What a start needs is found missing before it takes long; ``--check`` finds all of it and touches nothing."""
 
+import asyncio
+import gc
+import itertools
 import json
 import re
 import shutil
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import serving
 from conftest import choice, in_ms
-from serving import LARGE, SMALL, config_of, latencies
+from serving import LARGE, SMALL, Clock, config_of, latencies, turns_until
 
 import slackfit
 import startup
@@ -250,3 +254,54 @@ def test_a_profile_with_an_ensemble_is_checked_as_it_is_served(own: Path) -> Non
     slackfit.save_choices(own, with_ensemble(frontier=False))
     (finding,) = check(config_of(own))
     assert finding.level == "ok"
+
+
+# ------------------------------------------------------------------------------------------------------------- garbage
+
+
+@pytest.fixture
+def few_objects(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Collections look at nothing that is there now, and come without a pause, and only when asked for."""
+    monkeypatch.setattr(startup, "COLLECTED_EVERY_S", 0.0)
+    gc.freeze()
+    gc.disable()
+    yield
+    gc.enable()
+    gc.unfreeze()
+
+
+class Knot:
+    """Refers to itself."""
+
+    def __init__(self) -> None:
+        self.self = self
+
+
+@pytest.mark.usefixtures("few_objects")
+async def test_garbage_is_collected_while_nothing_is_to_be_done_and_not_before() -> None:
+    idle, knot = asyncio.Event(), weakref.ref(Knot())
+    collecting = asyncio.create_task(startup.collect_when_idle(Clock(), idle.is_set))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert knot() is not None
+    idle.set()
+    await turns_until(lambda: knot() is None)
+    collecting.cancel()
+
+
+@pytest.mark.usefixtures("few_objects")
+async def test_a_collection_that_takes_long_is_followed_by_small_ones_for_a_time() -> None:
+    generations: list[int] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "stop":
+            generations.append(info["generation"])
+
+    gc.callbacks.append(note)
+    # The first takes a millisecond, so that twenty seconds pass before the next, which takes four seconds.
+    times_s = itertools.chain((0.0, 0.001), range(4, 28, 4), (28.0,), itertools.repeat(29.0))
+    collecting = asyncio.create_task(startup.collect_when_idle(lambda: next(times_s), lambda: True))
+    await turns_until(lambda: len(generations) >= 8)
+    collecting.cancel()
+    gc.callbacks.remove(note)
+    assert generations[:7] == [2, 1, 1, 1, 1, 2, 1]

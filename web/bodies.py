@@ -7,7 +7,15 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-from web.errors import BadRequest, DeadlineExceeded, SlowRequest, TooLarge, TooManyUploads, UnsupportedEncoding
+from web.errors import (
+    BadRequest,
+    DeadlineExceeded,
+    SlowRequest,
+    TooLarge,
+    TooManyUploads,
+    UnsupportedEncoding,
+    forget_past,
+)
 
 # aiohttp inflates these, and what comes out is counted.
 ENCODINGS = ("", "identity", "gzip", "deflate")
@@ -72,6 +80,7 @@ async def read_body(request: web.Request, within_s: float, max_bytes: int) -> by
             raise DeadlineExceeded(message, slo_ms=round(within_s * 1e3, 3)) from None
         raise SlowRequest(f"the body did not arrive within {uploads.timeout_s:g} s") from None
     except web.RequestPayloadError as error:
+        forget_past(error)  # the body keeps it
         raise BadRequest(f"the body cannot be read: {' '.join(str(error).split())}") from None
 
 

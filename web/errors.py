@@ -149,6 +149,15 @@ class BatchFailed(ServeError):
     status, reason = 500, "engine_failed"
 
 
+def forget_past(error: BaseException) -> None:
+    """Cut an error off from where it came from, once nobody asks for that any more.
+
+    Its frames refer to all that they worked on, and where any of that keeps the error, all of it, connection and body
+    included, would wait for the collector of garbage, which seldom comes (``startup.settle_garbage``).
+    """
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+
+
 def json_response(document: object, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
     """A JSON answer."""
     body = json.dumps(document).encode()
@@ -195,6 +204,7 @@ async def json_errors(
     except web.HTTPException as error:
         if error.status < 400:
             raise
+        forget_past(error)  # the route keeps it
         return _routing_error(request, error)
     except Exception:
         log.exception("a request failed", extra={"fields": {"method": request.method, "path": request.path}})

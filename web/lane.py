@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Protocol
 
 from aiohttp import web
@@ -53,11 +54,15 @@ class Traveller(Protocol):
 class Lane:
     """Takes requests to the queue and writes their answers, all that are announced in one turn of the event loop."""
 
-    def __init__(self, host: Host, door: Door, count: Callable[[str, int], object], max_body_bytes: int) -> None:
+    def __init__(
+        self, host: Host, door: Door, count: Callable[[str, int], object], max_body_bytes: int, drain_s: float
+    ) -> None:
         self._host, self._door, self._count = host, door, count
         self._most = min(INLINE_BODY_BYTES, max_body_bytes)
         self._travellers: dict[Any, Traveller] = {}  # by what is pending
         self._announced: deque[PendingReply] = deque()
+        self._drain_s = drain_s
+        self._empty = asyncio.Event()  # of interest while it drains only
 
     def take(self, head: bytes, body: bytes, traveller: Traveller) -> PendingReply | bytes | None:
         """The query that this request became, or the whole answer to one that is refused; None: it is for aiohttp.
@@ -94,6 +99,20 @@ class Lane:
         """The client went away."""
         if self._travellers.pop(pending, None) is not None:
             pending.cancel()
+            self._note_empty()
+
+    async def drain(self, _: web.Application) -> None:
+        """Take nothing more, and answer what is on the lane: aiohttp knows nothing of it, and closes what is open."""
+        self._most = -1
+        self._empty.clear()
+        self._note_empty()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._drain_s):
+                await self._empty.wait()
+
+    def _note_empty(self) -> None:
+        if not self._travellers:
+            self._empty.set()
 
     def _announce(self, pending: PendingReply) -> None:
         if not self._announced:
@@ -108,6 +127,7 @@ class Lane:
         finally:  # whatever goes wrong with one answer, the others are given
             if self._announced:
                 asyncio.get_running_loop().call_soon(self._collect)
+            self._note_empty()
 
     def _answer(self, pending: PendingReply, date: str) -> None:
         traveller = self._travellers.pop(pending, None)

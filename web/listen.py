@@ -23,6 +23,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
 from typing import Any, cast
 
@@ -38,7 +39,15 @@ from aiohttp.http_exceptions import (
 from yarl import URL
 
 from web.door import DOOR, STARTS, Door, head_of
-from web.errors import BadRequest, HeadTooLarge, ServeError, SlowRequest, TooManyConnections, error_response
+from web.errors import (
+    BadRequest,
+    HeadTooLarge,
+    ServeError,
+    SlowRequest,
+    TooManyConnections,
+    error_response,
+    forget_past,
+)
 from web.lane import LANE, Lane, PendingReply
 
 log = logging.getLogger("superserve")
@@ -118,7 +127,7 @@ class Connection(web.RequestHandler):
         super().connection_made(transport)
         self.met = True
         assert self._task_handler is not None, "started by aiohttp"
-        self._task_handler.add_done_callback(lambda _: self._end(cast(asyncio.Transport, transport)))
+        self._task_handler.add_done_callback(partial(self._end, cast(asyncio.Transport, transport)))
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """The client went away, or was sent away."""
@@ -130,6 +139,7 @@ class Connection(web.RequestHandler):
             self._gate.door.leave(self)
         if self._pending is not None and self._gate.lane is not None:
             self._gate.lane.give_up(self._pending)
+        self._pending = self._body = None  # a body refers to its connection
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -144,7 +154,7 @@ class Connection(web.RequestHandler):
             if head is not None and self._may_answer() and (self._turned_away(data) or self._taken(head, data)):
                 return
         super().data_received(data)
-        if self._messages:
+        if self._messages and self.transport is not None:
             self._end_body(*self._messages[-1])
         awaited = self._waiter is not None and not self._waiter.done()
         if self._head_timer is None:
@@ -229,7 +239,9 @@ class Connection(web.RequestHandler):
         error = getattr(message, "exc", None)
         if not isinstance(error, HttpProcessingError):
             self._body = body
-        elif self._body is not None and not self._body.is_eof():
+            return
+        forget_past(error)  # the message keeps it
+        if self._body is not None and not self._body.is_eof():
             self._body.set_exception(web.RequestPayloadError(error.message.partition("\n")[0].rstrip(" :")))
 
     def _head_is_late(self) -> None:
@@ -252,10 +264,23 @@ class Connection(web.RequestHandler):
             self._stall_timer.cancel()
             self._stall_timer = None
 
-    def _end(self, transport: asyncio.Transport) -> None:
+    def _end(self, transport: asyncio.Transport, handling: asyncio.Task[None]) -> None:
         """Nothing is served any more: what was sent last is to be read in time, for a transport would wait for ever."""
+        if handling.cancelled():  # asking takes the error out of the task, to which its frames refer
+            with contextlib.suppress(asyncio.CancelledError):
+                handling.exception()
+        self._messages.clear()  # asked for and never looked at; their bodies refer to this connection
+        self._await_end(transport)
+
+    def _await_end(self, transport: asyncio.Transport) -> None:
         if self in self._gate.open:
-            self._ending = self._loop.call_later(self._gate.limits.stall_timeout_s, transport.abort)
+            self._ending = self._loop.call_later(self._gate.limits.stall_timeout_s, self._cut_off, transport)
+
+    def _cut_off(self, transport: asyncio.Transport) -> None:
+        if self._pending is None:
+            transport.abort()
+        else:  # the lane drains, and the answer is to come before the end
+            self._await_end(transport)
 
     def handle_error(
         self,
@@ -286,7 +311,10 @@ class Connection(web.RequestHandler):
 
     def log_exception(self, *args: Any, **kwargs: Any) -> None:
         """Log what is a fault of the server."""
-        if not isinstance(kwargs.get("exc_info"), HttpProcessingError | web.RequestPayloadError):
+        error = kwargs.get("exc_info")
+        if isinstance(error, HttpProcessingError | web.RequestPayloadError):
+            forget_past(error)  # the body keeps it
+        else:
             super().log_exception(*args, **kwargs)
 
 

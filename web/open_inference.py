@@ -285,8 +285,8 @@ class OpenInference:
         try:
             return await asyncio.gather(*queries)
         finally:
-            for query in queries:
-                query.cancel()
+            while queries:  # the frame is not to refer to them any more: they keep their errors, which refer to it
+                queries.pop().cancel()
 
     async def _answer(self, asked: InferRequest, replies: Sequence[Reply], encoding: str) -> web.Response:
         encode = partial(encode_answer, asked, replies, self._form, self._serve.classes)

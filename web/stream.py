@@ -34,7 +34,7 @@ from aiohttp.abc import AbstractStreamWriter
 from numpy.typing import NDArray
 
 from web import websocket
-from web.errors import BadRequest, NotReady, ServeError, TooLarge, TooManyInFlight
+from web.errors import BadRequest, NotReady, ServeError, TooLarge, TooManyInFlight, forget_past
 from web.frames import BINARY, GOING_AWAY, INTERNAL_ERROR, TEXT, FrameError, frame
 from web.inputs import Limits, Parameters, parse_parameters
 from web.json_values import brief
@@ -530,8 +530,12 @@ class Streams:
                 await connection.drain()
             else:
                 await self._serve(connection)
+        except asyncio.CancelledError as error:  # the client left
+            forget_past(error)  # the task group keeps it
+            raise
         finally:
             self._open.discard(connection)
+            connection.socket.let_go()
             if request.transport is not None:  # a transport waits for ever until all that was sent is taken
                 asyncio.get_running_loop().call_later(self._limits.send_s, request.transport.abort)
         return response

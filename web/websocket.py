@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import weakref
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Protocol
@@ -20,6 +21,7 @@ from typing import Protocol
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 
+from web.errors import forget_past
 from web.frames import CLOSE, NORMAL, PING, PONG, Frames, close_frame, frame
 
 HEARTBEAT_S = 30.0
@@ -65,7 +67,8 @@ class Socket:
         self, request: web.Request, writer: AbstractStreamWriter, user: User, *, most_bytes: int, send_s: float
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._protocol, self._writer, self._user, self._send_s = request.protocol, writer, user, send_s
+        self._protocol, self._writer, self._send_s = request.protocol, writer, send_s
+        self._user: User = weakref.proxy(user)  # which holds this
         self._frames = Frames(most_bytes)
         self.over: asyncio.Future[None] = self._loop.create_future()
         self._answered = asyncio.Event()  # the client's goodbye is there, or it is gone
@@ -191,6 +194,13 @@ class Socket:
         if not self.over.done():
             self.over.set_exception(error)
             self.over.exception()  # is not to be complained of where nobody asks for it
+
+    def let_go(self) -> None:
+        """Nobody asks any more why it could not go on."""
+        if self.over.done() and not self.over.cancelled() and (error := self.over.exception()) is not None:
+            with suppress(type(error)):
+                self.over.result()  # the future keeps the traceback until it is asked for this
+            forget_past(error)
 
     def abort(self) -> None:
         """Cut the client off."""
