@@ -11,7 +11,7 @@ import time
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -815,7 +815,7 @@ async def test_rows_that_run_on_several_subnets_are_told_together(profile: Path)
 
             def decide(self, now_s: float, queue: Any, lowest: int) -> Any:
                 served.append(entries[len(served) % 2])
-                return replace(self._decide(now_s, queue, lowest), entry=served[-1], batch_size=1)
+                return self._decide(now_s, queue, lowest)._replace(entry=served[-1], batch_size=1)
 
         running.serve.dispatcher.policy = Alternating(running.serve.dispatcher.policy)  # type: ignore[assignment]
         document = await (await running.infer(3)).json()

@@ -640,6 +640,7 @@ async def test_shutdown_waits_for_no_client_that_reads_nothing(
         sending.cancel()
         await asyncio.gather(sending, return_exceptions=True)
         transport.abort()
+        await socket.close()
         await session.close()
 
 
@@ -658,6 +659,7 @@ async def test_a_client_that_reads_nothing_is_cut_off(profile: Path, flood: str)
         sending.cancel()
         await asyncio.gather(sending, return_exceptions=True)
         transport.abort()
+        await socket.close()  # else aiohttp's client warns of it when it is collected
         assert server.outcomes_sum_to_arrivals()
 
 
