@@ -41,11 +41,12 @@ from tqdm import tqdm
 import slackfit
 import startup
 from config import Config, ConfigError, parse_arguments
-from dispatcher import Answer, Batch, DeadlineHeap, Dispatcher, Pending, Query, ReplySlot
+from dispatcher import Batch, Dispatcher
 from engine import DeviceLostError, EngineError, Outputs
 from logs import log_event, start_log
 from priorities import switch_promptly
 from profiletable import refuse_synthetic
+from queries import Answer, DeadlineHeap, Pending, Query, ReplySlot
 from servable import load_servable
 from slackfit import ProfileError, ProfileTable
 from startup import TableFile

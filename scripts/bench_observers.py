@@ -26,8 +26,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dispatcher import Answer, Batch, Observer, Query
+from dispatcher import Batch, Observer
 from profiletable import Choice, Entry
+from queries import Answer, Query
 from web.live import SPAN_S, Live
 from web.metrics import Metrics
 from web.state import State

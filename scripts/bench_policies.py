@@ -37,7 +37,8 @@ sys.path.insert(0, str(HOUSE))
 
 import slackfit  # noqa: E402 the path is set above
 from config import Config  # noqa: E402
-from dispatcher import DeadlineHeap, Query, SlowedQueue  # noqa: E402
+from dispatcher import SlowedQueue  # noqa: E402
+from queries import DeadlineHeap, Query  # noqa: E402
 from scripts import replay  # noqa: E402
 from scripts.compare_policies import RIVALS, TABLES, Bench  # noqa: E402
 from startup import settle_garbage  # noqa: E402

@@ -28,6 +28,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ SLOWEST_S, MOST_MEMORY_MB = 10, 2048
 COUNTED = ("web", "PIL")
 IMAGE_READERS = ("BmpImagePlugin", "GifImagePlugin", "JpegImagePlugin", "PngImagePlugin", "WebPImagePlugin")
 CONTENT_TYPES = ("application/octet-stream", "image/*", "application/json", "", "text/plain")
+MOST_PIXELS = 10_000
 HEADER_LENGTHS = (None, "0", "{json}", "-1", "99999999999")
 
 
@@ -59,75 +61,117 @@ class Shape:
 
 def readers() -> dict[str, Callable[[bytes], object]]:
     """What reads an input without its first byte, by case; imported late, so that a worker counts their coverage."""
+    from web import inputs
+
+    limits = inputs.Limits(default_slo_s=0.1, longest_slo_s=60.0, accuracies={"small": 0.7, "large": 0.9}, classes=5)
+    return {
+        "predict": read_predict,
+        "infer": partial(read_infer, limits),
+        "stream": StreamReader(limits).read,
+        "parameters": partial(read_parameters, limits),
+        "frames": read_frames,
+    }
+
+
+def check_input(array: Any) -> None:
+    """Raise AssertionError for what the network cannot take."""
     import numpy as np
 
-    from web import door, frames, infer_reading, infer_requests, inputs, stream
+    pixels, planes = (SIDE, SIDE, 3), (3, SIDE, SIDE)
+    good = (array.dtype == np.uint8 and array.shape == pixels) or (array.dtype == "<f4" and array.shape == planes)
+    assert good, f"{array.dtype} {array.shape}"
+    assert np.isfinite(array).all(), "not finite"
 
-    shape, headers = Shape(), stream.Headers()
-    limits = inputs.Limits(default_slo_s=0.1, longest_slo_s=60.0, accuracies={"small": 0.7, "large": 0.9}, classes=5)
+
+def read_predict(data: bytes) -> None:
+    """A body of POST /predict; its first byte says of which type."""
+    from web import inputs
+
+    check_input(inputs.decode(data[1:], CONTENT_TYPES[data[0] % len(CONTENT_TYPES)], Shape(), MOST_PIXELS))
+
+
+def read_infer(limits: Any, data: bytes) -> None:
+    """An infer request; its first byte says what the header of its length is."""
+    from web import infer_reading, infer_requests, inputs
+
     form = infer_requests.ModelForm(
-        name="tiny", version="1", input=shape, most_rows=64, max_pixels=10_000, longest_slo_s=60.0, classes=5,
+        name="tiny", version="1", input=Shape(), most_rows=64, max_pixels=MOST_PIXELS, longest_slo_s=60.0, classes=5,
     )
+    body, length = data[1:], HEADER_LENGTHS[data[0] % len(HEADER_LENGTHS)]
+    if length == "{json}":  # in front of binary data: as long as the next two bytes say
+        length, body = str(int.from_bytes(body[:2], "little")), body[2:]
+    reading = infer_reading.Reading(clock=float, arrival_s=0.0, slo_s=60.0, inline=bool(data[0] & 128))
+    asked = infer_requests.read_infer_request(body, length, form, reading)
+    for row in asked.rows:
+        check_input(row)
+    inputs.parse_parameters(asked.texts, {}, limits)
 
-    def check(array: Any) -> None:
-        pixels, planes = (SIDE, SIDE, 3), (3, SIDE, SIDE)
-        good = (array.dtype == np.uint8 and array.shape == pixels) or (array.dtype == "<f4" and array.shape == planes)
-        assert good, f"{array.dtype} {array.shape}"
-        assert np.isfinite(array).all(), "not finite"
 
-    def predict(data: bytes) -> None:
-        check(inputs.decode(data[1:], CONTENT_TYPES[data[0] % len(CONTENT_TYPES)], shape, 10_000))
+class StreamReader:
+    """Reads messages of /stream, and remembers headers as a connection does."""
 
-    def infer(data: bytes) -> None:
-        body, length = data[1:], HEADER_LENGTHS[data[0] % len(HEADER_LENGTHS)]
-        if length == "{json}":  # in front of binary data: as long as the next two bytes say
-            length, body = str(int.from_bytes(body[:2], "little")), body[2:]
-        reading = infer_reading.Reading(clock=float, arrival_s=0.0, slo_s=60.0, inline=bool(data[0] & 128))
-        asked = infer_requests.read_infer_request(body, length, form, reading)
-        for row in asked.rows:
-            check(row)
-        inputs.parse_parameters(asked.texts, {}, limits)
+    def __init__(self, limits: Any) -> None:
+        from web import stream
 
-    def message(data: bytes) -> None:
-        known = headers.recall(bytearray(data))
+        self._limits, self._headers = limits, stream.Headers()
+
+    def read(self, data: bytes) -> None:
+        """One message; read alike whether its header is known or not."""
+        from web import inputs, stream
+
+        known = self._headers.recall(bytearray(data))
         split = stream.split_message(data)
         json.dumps(split.id)
-        asked = split.parameters(limits)
+        asked = split.parameters(self._limits)
         tensor = split.tensor()
         if known is not None:
-            assert json.loads(known[0]) == split.id, known[0]
-            assert known[1].parameters == asked, known[1]
-            assert tensor is not None, known[1]
-            assert (known[1].input(bytearray(data), known[2]) == tensor).all() or np.isnan(tensor).any(), known[1]
+            _check_alike(known, split.id, asked, tensor, data)
         elif tensor is not None:
-            headers.remember(data, split, asked)
+            self._headers.remember(data, split, asked)
         if tensor is None:
-            check(inputs.decode(split.payload, split.content_type(), shape, 10_000))
+            check_input(inputs.decode(split.payload, split.content_type(), Shape(), MOST_PIXELS))
         else:
-            check(inputs.check_array(tensor, shape))
+            check_input(inputs.check_array(tensor, Shape()))
 
-    def read_frames(pieces: list[bytes]) -> tuple[list[tuple[int, bytes]], int | None]:
-        reader, read = frames.Frames(LONGEST_INPUT // 2), []
-        try:
-            for piece in pieces:
-                reader.feed(piece)
-                for kind, payload in reader.messages():
-                    read.append((kind, bytes(payload)))
-        except frames.FrameError as error:
-            return read, error.code
-        return read, None
 
-    def client(data: bytes) -> None:
-        size, sent = data[0] + 1, data[1:]
-        assert read_frames([sent]) == read_frames([sent[at : at + size] for at in range(0, len(sent), size)])
+def _check_alike(known: Any, message_id: object, asked: object, tensor: Any, data: bytes) -> None:
+    import numpy as np
 
-    def parameters(data: bytes) -> None:
-        if door.head_of(data) is not None:
-            door.Door(Crowded(limits), lambda *_: None).answer(data, connection=None)
-        lines = [line.partition("=") for line in data.decode("utf-8", "surrogateescape").split("&")]
-        inputs.parse_parameters({name: value for name, _, value in lines}, {}, limits)
+    assert json.loads(known[0]) == message_id, known[0]
+    assert known[1].parameters == asked, known[1]
+    assert tensor is not None, known[1]
+    assert (known[1].input(bytearray(data), known[2]) == tensor).all() or np.isnan(tensor).any(), known[1]
 
-    return {"predict": predict, "infer": infer, "stream": message, "parameters": parameters, "frames": client}
+
+def read_frames(data: bytes) -> None:
+    """What a WebSocket client sends, in one piece and in pieces; its first byte says how long these are."""
+    size, sent = data[0] + 1, data[1:]
+    assert _framed([sent]) == _framed([sent[at : at + size] for at in range(0, len(sent), size)])
+
+
+def _framed(pieces: list[bytes]) -> tuple[list[tuple[int, bytes]], int | None]:
+    """The messages, and the code of what is wrong with what follows."""
+    from web import frames
+
+    reader, read = frames.Frames(LONGEST_INPUT // 2), []
+    try:
+        for piece in pieces:
+            reader.feed(piece)
+            for kind, payload in reader.messages():
+                read.append((kind, bytes(payload)))
+    except frames.FrameError as error:
+        return read, error.code
+    return read, None
+
+
+def read_parameters(limits: Any, data: bytes) -> None:
+    """Parameters, and a request that is read at the door if it is one."""
+    from web import door, inputs
+
+    if door.head_of(data) is not None:
+        door.Door(Crowded(limits), lambda *_: None).answer(data, connection=None)
+    lines = [line.partition("=") for line in data.decode("utf-8", "surrogateescape").split("&")]
+    inputs.parse_parameters({name: value for name, _, value in lines}, {}, limits)
 
 
 class Crowded:

@@ -27,7 +27,8 @@ from hypothesis.stateful import (
 from serving import Clock, make_query, slot_of
 
 import dispatcher as dispatcher_module
-from dispatcher import Answer, Batch, Dispatcher, Observer, Query
+from dispatcher import Batch, Dispatcher, Observer
+from queries import Answer, Query
 from slackfit import ProfileTable, build_table, make_policy
 from web.errors import BatchFailed, DeadlineExceeded, NotReady, QueueFull
 

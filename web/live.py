@@ -25,7 +25,8 @@ from web.errors import BadRequest, json_response
 from web.state import State
 
 if TYPE_CHECKING:
-    from dispatcher import Answer, Answered, Batch, Query
+    from dispatcher import Batch
+    from queries import Answer, Answered, Query
 
 SPAN_S = 300
 RECENT_S, CHOICES_S = 10, 5

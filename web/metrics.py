@@ -29,7 +29,8 @@ from prometheus_client.utils import floatToGoString
 from web.state import State
 
 if TYPE_CHECKING:
-    from dispatcher import Answer, Answered, Batch, Query
+    from dispatcher import Batch
+    from queries import Answer, Answered, Query
 
 OUTCOMES = ("in_time", "late", "expired", "given_up", "infeasible", "queue_full", "failed", "cancelled")
 LATENCY_BUCKETS_S = tuple(

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dispatcher import Answer, Answered, Batch, Query
+    from dispatcher import Batch
+    from queries import Answer, Answered, Query
 
 
 @dataclass(slots=True)
