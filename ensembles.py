@@ -31,6 +31,7 @@ from torch import Tensor
 from cudagraphs import is_lost, is_out_of_memory
 from logs import log_event
 from members import subnet_of
+from priorities import go_with_others
 from workers import Crew, Job
 
 MODES = ("parallel", "serial")
@@ -182,6 +183,12 @@ def one_after_another(tasks: Sequence[Task]) -> list[Outcome]:
     return [task() for task in tasks]
 
 
+def _begin(threads: int) -> None:
+    """Of a thread that computes members: on cores that others want too, the event loop above all."""
+    go_with_others()
+    torch.set_num_threads(threads)
+
+
 class ThreadGroup:
     """Threads beside a worker's own, that compute members of its ensembles; they start with the first batch.
 
@@ -192,7 +199,7 @@ class ThreadGroup:
     def __init__(self, size: int, threads: int) -> None:
         """``size`` threads beside the worker's, which compute with so many ``threads`` each."""
         self._size = size
-        self._crew: Crew[None] = Crew(size, "member", functools.partial(torch.set_num_threads, threads))
+        self._crew: Crew[None] = Crew(size, "member", functools.partial(_begin, threads))
 
     def __call__(self, tasks: Sequence[Task]) -> list[Outcome]:
         """What comes of each task."""

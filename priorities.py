@@ -34,3 +34,11 @@ def go_first() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError):  # it takes CAP_SYS_NICE, or a limit such as systemd's LimitNICE
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), FIRST)
+
+
+def go_with_others() -> None:
+    """Have the calling thread run as the main thread does, whatever the one does that started it."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            usual = os.getpriority(os.PRIO_PROCESS, os.getpid())  # of the main thread, whose number that is
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), usual)

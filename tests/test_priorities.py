@@ -11,8 +11,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
+from torch import Tensor
 
 import priorities
+from ensembles import ThreadGroup
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities and timer slack of their own there")
 
@@ -48,6 +51,25 @@ def test_the_thread_that_asks_goes_first_where_it_may_and_no_other_does() -> Non
     before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
     assert in_a_thread(asked) == (priorities.FIRST if may_go_first() else before)
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
+
+
+@linux
+def test_members_of_an_ensemble_compute_beside_one_that_goes_first_and_do_not_go_first_themselves() -> None:
+    def asked() -> tuple[int, int]:
+        priorities.go_first()
+        group, both = ThreadGroup(1, 1), threading.Barrier(2)
+
+        def measured() -> Tensor:
+            both.wait(20)  # one each
+            return torch.tensor(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+
+        found = sorted(int(each) for each in group([measured, measured]) if isinstance(each, Tensor))
+        group.close(1)
+        return found[0], found[1]
+
+    usual = os.getpriority(os.PRIO_PROCESS, os.getpid())
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(asked).result() == (priorities.FIRST if may_go_first() else usual, usual)
 
 
 def may_go_first() -> bool:
