@@ -1,9 +1,8 @@
-"""The heap, the dispatcher and the server without HTTP: every query is answered exactly once, whatever happens."""
+"""The dispatcher and the server without HTTP: every query is answered exactly once, whatever happens."""
 
 import asyncio
 import dataclasses
 import gc
-import itertools
 import json
 import logging
 import math
@@ -31,90 +30,6 @@ from web.errors import BadRequest, BatchFailed, DeadlineExceeded, NotReady, Queu
 from web.inputs import INLINE_BODY_BYTES
 
 POLICIES = ("halfslo", "slackfit", "slackfit:3", "fixed:largest", "fixed:smallest")
-
-
-# ------------------------------------------------------------------------------------------------------------ the heap
-
-
-def heap_of(*queries: Query) -> DeadlineHeap:
-    heap = DeadlineHeap()
-    for query in queries:
-        heap.push(query)
-    return heap
-
-
-def drained(heap: DeadlineHeap) -> list[Query]:
-    return [heap.pop() for _ in range(len(heap))]
-
-
-def test_heap_orders_by_deadline_not_by_arrival() -> None:
-    clock = Clock()
-    late, soon, middle = (make_query(clock, slo_ms) for slo_ms in (300, 100, 200))
-    assert drained(heap_of(late, soon, middle)) == [soon, middle, late]
-
-
-def test_ties_go_to_the_higher_priority_and_then_to_the_earlier_arrival() -> None:
-    clock = Clock()
-    queries = [make_query(clock, priority=priority) for priority in (0, 100, 0, 100, 1)]
-    first, urgent, second, urgent_too, raised = queries
-    assert drained(heap_of(*queries)) == [urgent, urgent_too, raised, first, second]
-
-
-def test_an_empty_heap_has_no_head() -> None:
-    query = make_query(Clock())
-    heap = heap_of(query)
-    heap.discard(query)
-    with pytest.raises(IndexError):
-        _ = heap.head
-
-
-def test_a_query_is_discarded_once() -> None:
-    query = make_query(Clock())
-    heap = heap_of(query)
-    assert [heap.discard(query), heap.discard(query), len(heap)] == [True, False, 0]
-
-
-def test_a_popped_query_cannot_be_discarded() -> None:
-    heap = heap_of(make_query(Clock()))
-    assert not heap.discard(heap.pop())
-
-
-def test_discarded_queries_do_not_pile_up() -> None:
-    clock = Clock()
-    heap = heap_of(*(make_query(clock, 10_000 + i) for i in range(5)))
-    for _ in range(3000):
-        query = make_query(clock, 20_000)
-        heap.push(query)
-        heap.discard(query)
-    assert len(heap) == 5
-    assert len(heap._entries) < 50
-
-
-OPERATIONS = st.tuples(st.sampled_from(["push", "push", "discard", "pop", "look"]), st.integers(0, 9))
-
-
-@given(st.lists(OPERATIONS, max_size=60))
-def test_the_heap_agrees_with_a_sorted_list(operations: list[tuple[str, int]]) -> None:
-    clock, heap = Clock(0), DeadlineHeap()
-    model: list[tuple[float, int, int, Query]] = []
-    numbers = itertools.count()
-    for operation, value in operations:
-        if operation == "push":
-            query = make_query(clock, slo_ms=1000 + value // 2, priority=value % 3)
-            heap.push(query)
-            model.append((query.deadline_s, -query.priority, next(numbers), query))
-            model.sort(key=lambda item: item[:3])
-        elif operation == "discard" and model:
-            assert heap.discard(model.pop(value % len(model))[3])
-        elif operation == "pop" and model:
-            assert heap.pop() is model.pop(0)[3]
-        elif operation == "look":
-            assert list(heap.deadlines_s()) == [item[0] for item in model]
-        assert len(heap) == len(model)
-        if model:
-            assert heap.head is model[0][3]
-            assert heap.head_deadline_s == model[0][0]
-    assert drained(heap) == [item[3] for item in model]
 
 
 # ------------------------------------------------------------------------------------------------------ the dispatcher
@@ -378,7 +293,9 @@ def test_the_margin_lengthens_every_latency(table: ProfileTable) -> None:
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=20), st.floats(1, 20))
 def test_a_slowed_queue_shortens_slack_and_keeps_the_order(slos_s: list[float], factor: float) -> None:
     clock = Clock(0)
-    heap = heap_of(*(make_query(clock, 1e3 * slo_s) for slo_s in slos_s))
+    heap = DeadlineHeap()
+    for slo_s in slos_s:
+        heap.push(make_query(clock, 1e3 * slo_s))
     seen = SlowedQueue(heap, 0.0, factor)
     assert seen.deadlines_s() == pytest.approx(sorted(slo_s / factor for slo_s in slos_s))
     assert seen.head_deadline_s == seen.deadlines_s()[0]
