@@ -12,19 +12,19 @@ The rewriting goes by type of operation and knows no architecture; what it does 
 
 from __future__ import annotations
 
-import functools
 import operator
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from types import FunctionType, MethodType
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from programs import CannotWriteError, lines_of, program_of
+from steps import Call, Convolution, Convolve, ConvolveAndAdd, Multiply, Norm, Step
 from supernet import ActuatedSubnet, SubnetNorm, WeightSlice
 
 _ADDITIONS = (operator.add, torch.add)  # torch.fx writes += as +
@@ -35,217 +35,61 @@ class CannotFuseError(RuntimeError):
     """A subnet that cannot be made an executable, or a torch that cannot run one; says why."""
 
 
-# --------------------------------------------------------------------------------------------------------------- steps
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Convolution:
-    """What a convolution computes: a weight (outputs, inputs, height, width) that may be a view, and a bias."""
-
-    weight: Tensor
-    bias: Tensor | None
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int = 1
-    scale: Tensor | None = None  # by output channel: of a norm that follows; the bias includes it already
-
-    def followed_by(self, norm: Norm) -> Convolution:
-        """This convolution and the norm as one: scale and bias of each output channel."""
-        scale = torch.rsqrt(norm.var + norm.eps)
-        if norm.weight is not None:
-            scale = scale * norm.weight
-        shift = -norm.mean if self.bias is None else self.bias - norm.mean
-        bias = shift * scale if norm.bias is None else shift * scale + norm.bias
-        form = self.stride, self.padding, self.dilation, self.groups
-        return Convolution(self.weight, bias, *form, scale.view(-1, 1, 1, 1))
-
-    def folded(self) -> Tensor:
-        """The weight with its scale."""
-        return self.weight if self.scale is None else self.weight * self.scale
-
-    @property
-    def pointwise(self) -> bool:
-        """Whether it is a matrix product of every pixel's channels."""
-        ones = tuple(self.weight.shape[2:]) == self.stride == (1, 1)
-        return ones and self.padding == (0, 0) and self.groups == 1
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Norm:
-    """Statistics and affine weights of a batch norm in evaluation."""
-
-    mean: Tensor
-    var: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
-
-
-class Step:
-    """What the rewritten network calls in place of a module; a plain callable, since modules make small calls slow."""
-
-    nbytes = 0  # that it holds of its own
-    packed_nbytes = 0  # that it would hold when packed
-
-    def __init__(self, name: str) -> None:
-        self.__name__ = name  # torch.fx writes it into the code that it generates
-
-    def packed(self) -> Step:
-        """The same step with weights of its own, in the kernels' layout; itself where nothing is gained."""
-        return self
-
-
-class Call(Step):
-    """A function with its settings."""
-
-    def __init__(self, name: str, function: Callable[..., Tensor], *settings: Any) -> None:
-        super().__init__(name)
-        self._function, self._settings = function, settings
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The function of ``x`` and the settings."""
-        return self._function(x, *self._settings)
-
-
-class Convolve(Step):
-    """A convolution with bias and activation as one oneDNN call."""
-
-    def __init__(self, layer: Convolution, activation: str) -> None:
-        """``activation``: none or relu."""
-        super().__init__("convolution")
-        self._layer, self._activation = layer, activation
-        self._bias = torch.zeros(layer.weight.shape[0]) if layer.bias is None else layer.bias
-        self._form = layer.padding, layer.stride, layer.dilation, layer.groups
-        self.packed_nbytes = _packed_nbytes(tuple(layer.weight.shape), *self._form)
-        self._packed: Tensor | None = None
-        self._kernel = torch.ops.mkldnn._convolution_pointwise.default
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Activation of the convolution."""
-        if self._packed is None and x.shape[0] == 1:
-            return self._unfused(x, None)
-        return cast(Tensor, self._kernel(x, self._weight(), self._bias, *self._form, self._activation, [], ""))
-
-    def _unfused(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        """For one image, folding and reordering the weights costs more than passing over the outputs again."""
-        layer = self._layer
-        outputs = torch.conv2d(x, layer.weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
-        bias = self._bias.view(-1, 1, 1)
-        outputs = outputs.add_(bias) if layer.scale is None else torch.addcmul(bias, outputs, layer.scale[:, :, 0])
-        if residual is not None:
-            outputs = outputs.add_(residual) if residual.shape == outputs.shape else outputs + residual
-        return outputs.relu_() if self._activation == "relu" else outputs
-
-    def _weight(self) -> Tensor:
-        return self._layer.folded() if self._packed is None else self._packed
-
-    def packed(self) -> Self:  # noqa: D102
-        step = self.__class__.__new__(self.__class__)
-        step.__dict__.update(self.__dict__)
-        step._packed = _packed(self._layer.folded(), *self._form)
-        step.nbytes = step.packed_nbytes
-        return step
-
-
-class ConvolveAndAdd(Convolve):
-    """A convolution to whose result a residual is added before the activation."""
-
-    def __init__(self, layer: Convolution, activation: str) -> None:
-        super().__init__(layer, activation)
-        self._kernel, self._overwrites = torch.ops.mkldnn._convolution_pointwise.binary, False
-        self._done = "add", 1.0, None if activation == "none" else activation, (), ""
-        spans = zip(layer.weight.shape[2:], layer.dilation, layer.padding, strict=True)
-        self._reach = [dilation * (size - 1) + 1 - 2 * padding for size, dilation, padding in spans]
-
-    def overwrite(self) -> None:
-        """Let the sum take the memory of the residual from now on."""
-        self._kernel, self._overwrites = torch.ops.mkldnn._convolution_pointwise_.binary, True
-
-    def __call__(self, x: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
-        """Activation of (convolution + residual)."""
-        if (self._packed is None and x.shape[0] == 1) or not self._fits(x, residual):
-            return self._unfused(x, residual)
-        first, second = (residual, x) if self._overwrites else (x, residual)
-        return cast(Tensor, self._kernel(first, second, self._weight(), self._bias, *self._form, *self._done))
-
-    def _fits(self, x: Tensor, residual: Tensor) -> bool:
-        """Whether the residual has the shape of the result; the kernels do not broadcast."""
-        (batch, _, height, width), (down, across) = x.shape, self._layer.stride
-        rows, columns = (height - self._reach[0]) // down + 1, (width - self._reach[1]) // across + 1
-        return residual.shape == (batch, self._bias.shape[0], rows, columns)
-
-
-class Multiply(Step):
-    """A 1x1 convolution as a matrix product, which costs less to call; input and output are channels-last."""
-
-    def __init__(self, layer: Convolution) -> None:
-        super().__init__("pointwise")
-        self._layer, self._matrix = layer, cast("Tensor | None", None)
-        self.packed_nbytes = 4 * layer.weight.numel()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The convolution."""
-        batch, channels, height, width = x.shape
-        rows = x.permute(0, 2, 3, 1).reshape(-1, channels)
-        matrix = self._layer.folded().flatten(1).t() if self._matrix is None else self._matrix
-        bias = self._layer.bias
-        product = rows @ matrix if bias is None else torch.addmm(bias, rows, matrix)
-        return product.view(batch, height, width, -1).permute(0, 3, 1, 2)
-
-    def packed(self) -> Multiply:  # noqa: D102
-        step = Multiply(self._layer)
-        step._matrix = self._layer.folded().flatten(1).t().contiguous()
-        step.nbytes = step.packed_nbytes
-        return step
-
-
-def _packed(weight: Tensor, *form: Any) -> Tensor:
-    plain = weight.contiguous().to_mkldnn()
-    return torch._C._nn.mkldnn_reorder_conv2d_weight(plain, *form, None)  # type: ignore[call-arg]
-
-
-@functools.cache
-def _packed_nbytes(shape: tuple[int, ...], *form: Any) -> int:
-    """What a convolution's weight takes in the kernels' layout, which fills channels up to whole vectors."""
-    return int(torch.ops.mkldnn._nbytes(_packed(torch.zeros(shape), *form)))
-
-
 # --------------------------------------------------------------------------------------------------------- executables
 
 
 class Executable:
     """A subnet as a flat sequence of steps; immutable, safe to call from several threads at once.
 
-    ``names``: what the names in the network's code stand for; what it was generated with unless given. One that
-    is packed has no part in a reference cycle, as all graphs and modules of torch.fx have: its weights are to be freed
-    when it is let go, and not at some collection of garbage, which hardly ever looks at what is so old.
+    ``packed``: steps by those of the network's graph that they replace. An executable that has such has no part in a
+    reference cycle, as all graphs and modules of torch.fx have: its weights are to be freed when it is let go, and not
+    at some collection of garbage, which hardly ever looks at what is so old.
     """
 
-    def __init__(self, network: fx.GraphModule, names: Mapping[str, Any] | None = None) -> None:
-        forward = cast(MethodType, network.forward).__func__
-        self._network, self._names = network, dict(forward.__globals__ if names is None else names)
-        self._run = MethodType(FunctionType(forward.__code__, self._names, argdefs=forward.__defaults__), network)
-        self.nbytes = sum(step.nbytes for step in _steps(self._names))
+    def __init__(self, network: fx.GraphModule, packed: Mapping[Step, Step] | None = None) -> None:
+        self._network = network
+        self._steps = {step: step for step in _steps(network.graph)} if packed is None else dict(packed)
+        self._one, self._many = self._written(many=False), self._written(many=True)
+        self.nbytes = sum(step.nbytes for step in self._steps.values())
 
     def __call__(self, x: Tensor) -> Tensor:
         """Logits of a batch of inputs (N, C, H, W), channels-last in memory."""
-        return cast(Tensor, self._run(x))
+        return (self._many if x.shape[0] > 1 else self._one)(x)
+
+    def _written(self, many: bool) -> Callable[[Tensor], Tensor]:
+        """All of it as one program, for batches of one or of many; step by step where not all of it can be written."""
+
+        def target(node: fx.Node) -> Any:
+            if node.op == "get_attr":
+                return operator.attrgetter(str(node.target))(self._network)
+            return self._steps.get(node.target, node.target)  # type: ignore[call-overload, arg-type]
+
+        try:
+            return program_of(1, lambda names, hold: lines_of(self._network.graph, names, hold, many, target))
+        except (CannotWriteError, RuntimeError):
+            return self._stepwise()
+
+    def _stepwise(self) -> Callable[[Tensor], Tensor]:
+        forward = cast(MethodType, self._network.forward).__func__
+        names = {
+            name: self._steps.get(each, each) if isinstance(each, Step) else each
+            for name, each in forward.__globals__.items()
+        }
+        return MethodType(FunctionType(forward.__code__, names, argdefs=forward.__defaults__), self._network)
 
     @property
     def packed_nbytes(self) -> int:
         """How much memory ``packed`` would take."""
-        return sum(step.packed_nbytes for step in _steps(self._names))
+        return sum(step.packed_nbytes for step in self._steps.values())
 
     @torch.no_grad()
     def packed(self) -> Executable:
         """The same subnet with weights of its own, ready for the kernels."""
-        names = {name: each.packed() if isinstance(each, Step) else each for name, each in self._names.items()}
-        return Executable(self._network, names)
+        return Executable(self._network, {step: each.packed() for step, each in self._steps.items()})
 
 
-def _steps(names: Mapping[str, Any]) -> Iterable[Step]:
-    return (each for each in names.values() if isinstance(each, Step))
+def _steps(graph: fx.Graph) -> Iterable[Step]:
+    return (node.target for node in graph.nodes if isinstance(node.target, Step))
 
 
 def can_fuse() -> bool:
@@ -422,20 +266,20 @@ def _call_of(module: nn.Module | None, actuated: ActuatedSubnet) -> Call | None:
     match module:
         case nn.MaxPool2d(return_indices=False) as pool:
             form = pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode
-            return Call("max_pool", torch.max_pool2d, *form)
+            return Call("max_pool", "torch.max_pool2d", *form)
         case nn.AvgPool2d(divisor_override=None) as pool:
             form = pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode, pool.count_include_pad
-            return Call("avg_pool", torch._C._nn.avg_pool2d, *form)
+            return Call("avg_pool", "torch._C._nn.avg_pool2d", *form)
         case nn.Linear() as layer:
-            return Call("linear", F.linear, layer.weight, layer.bias)
+            return Call("linear", "torch._C._nn.linear", layer.weight, layer.bias)
         case WeightSlice() as layer:
             weight, bias, form = actuated.settings[layer.slot]
             if form is None:
-                return Call("linear", F.linear, weight, bias)
-            return Call("convolution", torch.conv2d, weight, bias, *form.values())  # padded by name
+                return Call("linear", "torch._C._nn.linear", weight, bias)
+            return Call("convolution", "torch.conv2d", weight, bias, *form.values())  # padded by name
         case SubnetNorm() as norm:
             mean, var, weight, bias, _ = actuated.settings[norm.slot]
-            return Call("norm", F.batch_norm, mean, var, weight, bias, False, 0.0, norm.eps)
+            return Call("norm", "torch.batch_norm", weight, bias, mean, var, False, 0.0, norm.eps, False)
     return None
 
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 import supernets
 from config import Config, ConfigError
 from engine import CHUNK, Engine
-from executables import CannotFuseError, Executable, ExecutableCache, Multiply, Step, trace
+from executables import CannotFuseError, Executable, ExecutableCache, trace
+from steps import Multiply, Step
 from supernet import ActuatedSubnet, Subnet, SubnetSpace, Supernet
 
 BATCHES = (1, 2, 5, 17)
@@ -112,7 +113,7 @@ def assert_executable(subnet: ActuatedSubnet) -> None:
 
 
 def steps(executable: Executable) -> list[Step]:
-    return [each for each in executable._names.values() if isinstance(each, Step)]
+    return list(executable._steps.values())
 
 
 # ------------------------------------------------------------------------------------------------------------- outputs

@@ -1,0 +1,154 @@
+"""Programs: what executables compute, as TorchScript, which needs neither Python nor its interpreter meanwhile.
+
+Called from Python, a network is a hundred short calls, each of which costs some microseconds of Python and lets go of
+the interpreter and wants it back, while the event loop keeps it. A program is one call. Its text names no weights: they
+are given to it with each call, so that subnets of one form share a program, and what is held goes when it is let go.
+
+``lines_of`` writes a graph of torch.fx whose functions are writable (steps.py) or torch's own; ``program_of`` compiles.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, cast, runtime_checkable
+
+import torch
+from torch import Tensor, fx
+
+Hold = Callable[[Tensor], str]  # takes a weight to be given with each call; what stands for it in the text
+
+_WEIGHTS = "weights"
+_OPERATORS = {operator.add: "+", operator.sub: "-", operator.mul: "*", operator.truediv: "/"}
+# What is written in several places; inlined where it is called.
+_HELPERS = """
+def multiplied(x: Tensor, matrix: Tensor, bias: Optional[Tensor]) -> Tensor:
+    pixels = x.permute([0, 2, 3, 1])
+    rows = pixels.reshape([-1, pixels.size(3)])
+    product = torch.mm(rows, matrix) if bias is None else torch.addmm(bias, rows, matrix)
+    return product.view([pixels.size(0), pixels.size(1), pixels.size(2), matrix.size(1)]).permute([0, 3, 1, 2])
+
+def added(outputs: Tensor, residual: Tensor) -> Tensor:
+    return outputs.add_(residual) if outputs.size() == residual.size() else outputs + residual
+
+def fits(residual: Tensor, x: Tensor, bias: Tensor, reach: List[int], stride: List[int]) -> bool:
+    rows, columns = (x.size(2) - reach[0]) // stride[0] + 1, (x.size(3) - reach[1]) // stride[1] + 1
+    return residual.size() == [x.size(0), bias.size(0), rows, columns]
+
+def parted(pairs: Tensor, channels: int) -> Tensor:
+    pixels = pairs.permute([0, 2, 3, 1])
+    return pixels.reshape([pixels.size(0), pixels.size(1), -1, channels]).permute([0, 3, 1, 2])
+"""
+
+
+@runtime_checkable
+class Writable(Protocol):
+    """A function that can be written."""
+
+    def written(self, arguments: Sequence[str], hold: Hold, many: bool) -> str:
+        """The expression of its result for these arguments, for batches of one or of ``many`` inputs."""
+
+
+class CannotWriteError(ValueError):
+    """Something of which no text can be made."""
+
+
+class Program:
+    """A function of tensors, with its weights; safe to call from several threads at once."""
+
+    def __init__(self, function: Callable[..., Tensor], weights: Sequence[Tensor]) -> None:
+        self._function, self._weights = function, list(weights)
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """What the text says; raises RuntimeError with what torch said, and not where in the text."""
+        optimised = torch._C._get_graph_executor_optimize()
+        # Else the first calls with new shapes would be watched, and the text compiled anew for them: 40 ms each. The
+        # setting is of the calling thread.
+        torch._C._set_graph_executor_optimize(False)
+        try:
+            return self._function(*inputs, self._weights)
+        except RuntimeError as error:
+            raise RuntimeError(str(error).rpartition("RuntimeError: ")[2].rstrip()) from error
+        finally:
+            torch._C._set_graph_executor_optimize(optimised)
+
+
+def literal(value: Any) -> str:
+    """A constant as it is written; raises CannotWriteError."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return repr(value)
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(literal, value))}]"
+    raise CannotWriteError(f"a constant of type {type(value).__name__}")
+
+
+def program_of(inputs: int, write: Callable[[Sequence[str], Hold], Iterable[str]]) -> Program:
+    """What ``write`` writes, given the names of so many inputs: lines, the last of which returns a tensor.
+
+    Raises CannotWriteError where it cannot be written, and RuntimeError where torch does not take it.
+    """
+    weights: list[Tensor] = []
+
+    def hold(tensor: Tensor) -> str:
+        numbers = (number for number, each in enumerate(weights) if each is tensor)
+        number = next(numbers, len(weights))
+        if number == len(weights):
+            weights.append(tensor)
+        return f"{_WEIGHTS}[{number}]"
+
+    names = [f"x{number}" for number in range(inputs)]
+    lines = "\n".join(f"    {line}" for line in write(names, hold))
+    parameters = ", ".join([*(f"{name}: Tensor" for name in names), f"{_WEIGHTS}: List[Tensor]"])
+    return Program(_compiled(f"{_HELPERS}\ndef run({parameters}) -> Tensor:\n{lines}\n"), [each.detach() for each in weights])
+
+
+@functools.lru_cache(256)
+def _compiled(text: str) -> Callable[..., Tensor]:
+    """The function ``run`` of a text; takes some milliseconds and 0.3 MB."""
+    return cast("Callable[..., Tensor]", torch.jit.CompilationUnit(text).run)
+
+
+def lines_of(
+    graph: fx.Graph, inputs: Sequence[str], hold: Hold, many: bool, target: Callable[[fx.Node], Any]
+) -> Iterable[str]:
+    """The text of a graph, line by line; ``target``: what a node calls, or the tensor of the network that it reads.
+
+    Raises CannotWriteError.
+    """
+    names: dict[fx.Node, str] = {}
+    left = iter(inputs)
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            names[node] = next(left)
+        elif node.op == "get_attr":
+            names[node] = hold(target(node))
+        elif node.op == "output":
+            yield f"return {_value(node.args[0], names)}"
+        else:
+            names[node] = f"y{len(names)}"
+            yield f"{names[node]} = {_expression(node, target(node), names, hold, many)}"
+
+
+def _expression(node: fx.Node, called: Any, names: Mapping[fx.Node, str], hold: Hold, many: bool) -> str:
+    arguments = [_value(each, names) for each in node.args]
+    if isinstance(called, Writable):
+        return called.written(arguments, hold, many)
+    arguments += [f"{name}={_value(each, names)}" for name, each in node.kwargs.items()]
+    if node.op == "call_method":
+        return f"{arguments[0]}.{called}({', '.join(arguments[1:])})"
+    if node.op == "call_function" and called in _OPERATORS and len(arguments) == 2:
+        return f" {_OPERATORS[called]} ".join(arguments)
+    name = getattr(called, "__name__", "")
+    for where, prefix in ((torch, "torch"), (torch._C._nn, "torch._C._nn")):
+        if node.op == "call_function" and name and getattr(where, name, None) is called:
+            return f"{prefix}.{name}({', '.join(arguments)})"
+    raise CannotWriteError(f"{node.op} {called}")
+
+
+def _value(value: Any, names: Mapping[fx.Node, str]) -> str:
+    if isinstance(value, fx.Node):
+        return names[value]
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(_value(each, names) for each in value)}]"
+    return literal(value)
