@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from programs import CannotWriteError, lines_of, program_of
-from steps import Call, Convolution, Convolve, ConvolveAndAdd, Multiply, Norm, Step
+from steps import Call, Convolution, Convolve, ConvolveAndAdd, ConvolveNarrowly, Multiply, Norm, Step
 from supernet import ActuatedSubnet, SubnetNorm, WeightSlice
 
 _ADDITIONS = (operator.add, torch.add)  # torch.fx writes += as +
@@ -196,7 +196,7 @@ class _Rewriting:
         elif relu is None and layer.pointwise:
             step = Multiply(layer)
         else:
-            step = Convolve(layer, activation)
+            step = (ConvolveNarrowly if ConvolveNarrowly.suits(layer) else Convolve)(layer, activation)
         arguments = (node.args[0],) if residual is None else (node.args[0], residual)
         self._replace(replaced[0], step, arguments, addition or node)
         for dead in replaced:

@@ -23,12 +23,6 @@ _WEIGHTS = "weights"
 _OPERATORS = {operator.add: "+", operator.sub: "-", operator.mul: "*", operator.truediv: "/"}
 # What is written in several places; inlined where it is called.
 _HELPERS = """
-def multiplied(x: Tensor, matrix: Tensor, bias: Optional[Tensor]) -> Tensor:
-    pixels = x.permute([0, 2, 3, 1])
-    rows = pixels.reshape([-1, pixels.size(3)])
-    product = torch.mm(rows, matrix) if bias is None else torch.addmm(bias, rows, matrix)
-    return product.view([pixels.size(0), pixels.size(1), pixels.size(2), matrix.size(1)]).permute([0, 3, 1, 2])
-
 def added(outputs: Tensor, residual: Tensor) -> Tensor:
     return outputs.add_(residual) if outputs.size() == residual.size() else outputs + residual
 
@@ -106,7 +100,10 @@ def program_of(inputs: int, write: Callable[[Sequence[str], Hold], Iterable[str]
 @functools.lru_cache(256)
 def _compiled(text: str) -> Callable[..., Tensor]:
     """The function ``run`` of a text; takes some milliseconds and 0.3 MB."""
-    return cast("Callable[..., Tensor]", torch.jit.CompilationUnit(text).run)
+    function = torch.jit.CompilationUnit(text).run
+    torch._C._jit_pass_inline(function.graph)
+    torch._C._jit_pass_constant_propagation(function.graph)  # of lists, which were made anew with each call
+    return cast("Callable[..., Tensor]", function)
 
 
 def lines_of(

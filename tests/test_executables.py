@@ -23,7 +23,7 @@ import supernets
 from config import Config, ConfigError
 from engine import CHUNK, Engine
 from executables import CannotFuseError, Executable, ExecutableCache, trace
-from steps import Multiply, Step
+from steps import Step
 from supernet import ActuatedSubnet, Subnet, SubnetSpace, Supernet
 
 BATCHES = (1, 2, 5, 17)
@@ -356,14 +356,16 @@ def test_networks_run_while_others_are_traced() -> None:
         tracing.result()
 
 
+OWN = ("_matrix", "_packed", "_pairs")  # weights that steps hold when they are packed
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_nbytes_is_what_is_held(supernet: Supernet, name: str) -> None:
     shared = trace(supernet.actuate(Subnet.parse(name)))
     packed = shared.packed()
     held = 0
     for step in steps(packed):
-        tensor = getattr(step, "_matrix" if isinstance(step, Multiply) else "_packed", None)
-        if tensor is not None:
+        for tensor in filter(lambda each: each is not None, (getattr(step, name, None) for name in OWN)):
             held += torch.ops.mkldnn._nbytes(tensor) if tensor.is_mkldnn else tensor.untyped_storage().nbytes()
     assert (shared.nbytes, shared.packed_nbytes, packed.nbytes) == (0, held, held)
     weights = sum(weight.numel() for weight in supernet.network.parameters() if weight.dim() == 4)
