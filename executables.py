@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from programs import CannotWriteError, lines_of, program_of
-from steps import Call, Convolution, Convolve, ConvolveAndAdd, ConvolveNarrowly, Multiply, Norm, Step
+from steps import Call, Convolution, Convolve, ConvolveAndAdd, ConvolveNarrowly, Larder, Multiply, Norm, Step
 from supernet import ActuatedSubnet, SubnetNorm, WeightSlice
 
 _ADDITIONS = (operator.add, torch.add)  # torch.fx writes += as +
@@ -50,7 +50,7 @@ class Executable:
         self._network = network
         self._steps = {step: step for step in _steps(network.graph)} if packed is None else dict(packed)
         self._one, self._many = self._written(many=False), self._written(many=True)
-        self.nbytes = sum(step.nbytes for step in self._steps.values())
+        self.packs = frozenset(pack for step in self._steps.values() for pack in step.packs)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Logits of a batch of inputs (N, C, H, W), channels-last in memory."""
@@ -62,7 +62,7 @@ class Executable:
         def target(node: fx.Node) -> Any:
             if node.op == "get_attr":
                 return operator.attrgetter(str(node.target))(self._network)
-            return self._steps.get(node.target, node.target)  # type: ignore[call-overload, arg-type]
+            return self._steps.get(node.target, node.target)  # type: ignore[call-overload]
 
         try:
             return program_of(1, lambda names, hold: lines_of(self._network.graph, names, hold, many, target))
@@ -78,14 +78,25 @@ class Executable:
         return MethodType(FunctionType(forward.__code__, names, argdefs=forward.__defaults__), self._network)
 
     @property
-    def packed_nbytes(self) -> int:
-        """How much memory ``packed`` would take."""
-        return sum(step.packed_nbytes for step in self._steps.values())
+    def nbytes(self) -> int:
+        """What it holds, alone or with others."""
+        return sum(pack.nbytes for pack in self.packs)
+
+    @property
+    def steps(self) -> Iterable[Step]:
+        """What it calls, but for functions of torch."""
+        return self._steps.values()
 
     @torch.no_grad()
-    def packed(self) -> Executable:
-        """The same subnet with weights of its own, ready for the kernels."""
-        return Executable(self._network, {step: each.packed() for step, each in self._steps.items()})
+    def packed(self, larder: Larder | None = None) -> Executable:
+        """The same subnet with weights ready for the kernels, all of its own unless there is a larder."""
+        larder = Larder() if larder is None else larder
+        return Executable(self._network, {step: each.packed(larder) for step, each in self._steps.items()})
+
+    def needs(self, larder: Larder) -> Mapping[Any, int]:
+        """Bytes of what it holds if it is packed, and else would hold, by what tells that from what others hold."""
+        steps = self._steps.values()
+        return {step.slice if larder.shares(step) else step: step.packed_nbytes for step in steps}
 
 
 def _steps(graph: fx.Graph) -> Iterable[Step]:
@@ -321,6 +332,7 @@ class ExecutableCache:
         self.budget = budget
         self._shared: dict[str, Executable | ActuatedSubnet] = {}
         self._packed: dict[str, Executable] = {}
+        self._larder = Larder()
         self._order: list[str] = []  # as named by fill: what comes first is preferred among equals
         self._uses: Counter[str] = Counter()
         self._misses = 0
@@ -339,6 +351,8 @@ class ExecutableCache:
                 shared = actuated
             if self._shared.setdefault(name, shared) is shared:  # another thread may have been faster
                 self._order.append(name)
+                if isinstance(shared, Executable):
+                    self._larder.add(shared.steps)
 
     def get(self, name: str) -> Executable | ActuatedSubnet:
         """What runs this subnet best now; KeyError for one that was not added."""
@@ -353,7 +367,7 @@ class ExecutableCache:
     @property
     def nbytes(self) -> int:
         """What the packed executables hold."""
-        return sum(packed.nbytes for packed in list(self._packed.values()))
+        return sum(pack.nbytes for pack in {pack for each in list(self._packed.values()) for pack in each.packs})
 
     @property
     def held(self) -> tuple[str, ...]:
@@ -383,11 +397,16 @@ class ExecutableCache:
             self._uses[name] //= 2
 
     def _chosen(self, order: Iterable[str]) -> list[str]:
+        held: dict[Any, int] = {}
         left, chosen = self.budget, []
         for name in order:
-            shared = self._shared[name]
-            if isinstance(shared, Executable) and shared.packed_nbytes <= left:
-                left -= shared.packed_nbytes
+            found = self._packed.get(name, self._shared[name])
+            if not isinstance(found, Executable):
+                continue
+            needs = {each: nbytes for each, nbytes in found.needs(self._larder).items() if each not in held}
+            if sum(needs.values()) <= left:
+                left -= sum(needs.values())
+                held |= needs
                 chosen.append(name)
         return chosen
 
@@ -399,5 +418,5 @@ class ExecutableCache:
                 del self._packed[name]
             for name in names:
                 if name not in self._packed:
-                    self._packed[name] = cast(Executable, self._shared[name]).packed()
+                    self._packed[name] = cast(Executable, self._shared[name]).packed(self._larder)
                 step()

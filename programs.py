@@ -94,7 +94,8 @@ def program_of(inputs: int, write: Callable[[Sequence[str], Hold], Iterable[str]
     names = [f"x{number}" for number in range(inputs)]
     lines = "\n".join(f"    {line}" for line in write(names, hold))
     parameters = ", ".join([*(f"{name}: Tensor" for name in names), f"{_WEIGHTS}: List[Tensor]"])
-    return Program(_compiled(f"{_HELPERS}\ndef run({parameters}) -> Tensor:\n{lines}\n"), [each.detach() for each in weights])
+    function = _compiled(f"{_HELPERS}\ndef run({parameters}) -> Tensor:\n{lines}\n")
+    return Program(function, [each.detach() for each in weights])
 
 
 @functools.lru_cache(256)

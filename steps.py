@@ -1,16 +1,19 @@
 """Steps: what an executable's network calls in place of modules; each is written as TorchScript (programs.py).
 
 Activation and residual addition are done by oneDNN while it has the result of a convolution in cache, 1x1 convolutions
-are matrix products. A step computes from shared weights, folding each slice as it goes, or from weights of its own in
-the layout that the kernels read, once it is ``packed``.
+are matrix products. A step computes from the supernet's weights, folding each slice as it goes, or from weights in the
+layout that the kernels read, once it is ``packed``: from its own, or, where several subnets use a large slice, from one
+that they share (``Larder``), to which each applies its own norm afterwards.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +23,11 @@ from programs import Hold, Program, literal, program_of
 
 # What a vector of the processor holds in float32; a convolution of half as many outputs leaves half of it unused.
 _LANES = {"AVX2": 8, "AVX512": 16}
+# A slice as large as that is worth sharing: what passing over its outputs again costs is the less, the larger it is.
+LEAST_SHARED_BYTES = 200_000
+
+
+Slice = tuple[Any, ...]  # what tells slices apart
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,6 +67,12 @@ class Convolution:
         """Padding, stride, dilation and groups, in the order of the kernels."""
         return self.padding, self.stride, self.dilation, self.groups
 
+    @property
+    def slice(self) -> Slice:
+        """Which part of the supernet's weights it reads, and how."""
+        weight = self.weight
+        return weight.data_ptr(), tuple(weight.shape), weight.stride(), *self.form
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Norm:
@@ -71,11 +85,44 @@ class Norm:
     eps: float
 
 
+class Pack:
+    """A weight in the layout that the kernels read; held by the steps that read it."""
+
+    def __init__(self, weight: Tensor, nbytes: int) -> None:
+        self.weight, self.nbytes = weight, nbytes
+
+
+class Larder:
+    """Packed slices that several subnets share, each as long as a step of one of them holds it."""
+
+    def __init__(self) -> None:
+        self._users: Counter[Slice] = Counter()
+        self._packs: WeakValueDictionary[Slice, Pack] = WeakValueDictionary()
+
+    def add(self, steps: Iterable[Step]) -> None:
+        """Steps of one more subnet, which may be packed."""
+        self._users.update({step.slice for step in steps if step.slice is not None})
+
+    def shares(self, step: Step) -> bool:
+        """Whether the slice of this step is held once for all who use it; or is to be, once it is packed."""
+        if step.packs:
+            return step.slice is not None
+        return step.slice is not None and self._users[step.slice] > 1 and step.packed_nbytes >= LEAST_SHARED_BYTES
+
+    def pack(self, layer: Convolution, nbytes: int) -> Pack:
+        """The slice of this convolution without its scale."""
+        pack = self._packs.get(layer.slice)
+        if pack is None:
+            pack = self._packs[layer.slice] = Pack(_packed(layer.weight, *layer.form), nbytes)
+        return pack
+
+
 class Step:
     """What the rewritten network calls in place of a module."""
 
-    nbytes = 0  # that it holds of its own
-    packed_nbytes = 0  # that it would hold when packed
+    packed_nbytes = 0  # that it holds when packed
+    packs: tuple[Pack, ...] = ()  # what it holds
+    slice: Slice | None = None  # what it may share with steps of other subnets, or shares if it is packed
 
     def __init__(self, name: str) -> None:
         self.__name__ = name  # torch.fx writes it into the code that it generates
@@ -85,8 +132,8 @@ class Step:
         """The expression of its result, for batches of one or of ``many`` inputs; must not depend on their number."""
         raise NotImplementedError
 
-    def packed(self) -> Step:
-        """The same step with weights of its own, in the kernels' layout; itself where nothing is gained."""
+    def packed(self, larder: Larder) -> Step:
+        """The same step with weights in the kernels' layout; itself where nothing is gained."""
         return self
 
     def __call__(self, *arguments: Tensor) -> Tensor:
@@ -107,7 +154,7 @@ class Call(Step):
         super().__init__(name)
         self._function, self._settings = function, settings
 
-    def written(self, arguments: Sequence[str], hold: Hold, many: bool) -> str:  # noqa: ARG002, D102
+    def written(self, arguments: Sequence[str], hold: Hold, many: bool) -> str:  # noqa: D102
         settings = [hold(each) if isinstance(each, Tensor) else literal(each) for each in self._settings]
         return f"{self._function}({', '.join([*arguments, *settings])})"
 
@@ -118,42 +165,49 @@ class Convolve(Step):
     def __init__(self, layer: Convolution, activation: str) -> None:
         """``activation``: none or relu."""
         super().__init__("convolution")
-        self._layer, self._activation = layer, activation
+        self._layer, self._activation, self.slice = layer, activation, layer.slice
         self._bias = torch.zeros(layer.weight.shape[0]) if layer.bias is None else layer.bias
         self.packed_nbytes = _packed_nbytes(tuple(layer.weight.shape), *layer.form)
-        self._packed: Tensor | None = None
+        self._scale = layer.scale  # that is still to be applied
+        self._pack: Pack | None = None
 
     def written(self, arguments: Sequence[str], hold: Hold, many: bool) -> str:  # noqa: D102
         (x,) = arguments
-        return self._fused(x, hold) if many else self._apart(x, None, hold)
+        return self._fused(x, hold) if self._fuses(many) else self._apart(x, None, hold)
 
-    def packed(self) -> Convolve:  # noqa: D102
+    def packed(self, larder: Larder) -> Convolve:  # noqa: D102
         step = self.__class__(self._layer, self._activation)
-        step._packed = _packed(self._layer.folded(), *self._layer.form)
-        step.nbytes = self.packed_nbytes
+        if larder.shares(self):
+            step._pack = larder.pack(self._layer, self.packed_nbytes)
+        else:
+            step._pack, step._scale = Pack(_packed(self._layer.folded(), *self._layer.form), self.packed_nbytes), None
+            step.slice = None
+        step.packs = (step._pack,)
         return step
+
+    def _fuses(self, many: bool) -> bool:
+        """Not for one image: folding and reordering, or telling oneDNN of more to do, costs more than it saves then."""
+        return many and (self._pack is None or self._scale is None)
 
     def _fused(self, x: str, hold: Hold) -> str:
         return _convolved(x, self._weight(hold), hold(self._bias), self._layer.form, self._activation)
 
     def _weight(self, hold: Hold) -> str:
-        if self._packed is not None:
-            return hold(self._packed)
-        weight, scale = hold(self._layer.weight), self._layer.scale
-        return weight if scale is None else f"({weight} * {hold(scale)})"
+        weight = hold(self._layer.weight if self._pack is None else self._pack.weight)
+        return weight if self._scale is None else f"({weight} * {hold(self._scale)})"
 
     def _apart(self, x: str, residual: str | None, hold: Hold) -> str:
-        """For one image, folding and reordering weights, or telling oneDNN of more to do, costs more than it saves."""
-        layer, bias = self._layer, self._bias
-        if self._packed is not None:
-            outputs = _convolved(x, hold(self._packed), hold(bias), layer.form, "none")
-        else:
+        layer, scale, bias = self._layer, self._scale, self._bias
+        if self._pack is None:
             form = ", ".join(map(literal, (None, layer.stride, layer.padding, layer.dilation, layer.groups)))
-            outputs, wide_bias = f"torch.conv2d({x}, {hold(layer.weight)}, {form})", hold(bias.view(-1, 1, 1))
-            if layer.scale is None:
-                outputs = f"{outputs}.add_({wide_bias})"
-            else:
-                outputs = f"torch.addcmul({wide_bias}, {outputs}, {hold(layer.scale[:, :, 0])})"
+            outputs = f"torch.conv2d({x}, {hold(layer.weight)}, {form})"
+        else:
+            shift = hold(bias) if scale is None else "None"
+            outputs = _convolved(x, hold(self._pack.weight), shift, layer.form, "none")
+        if scale is not None:
+            outputs = f"torch.addcmul({hold(bias.view(-1, 1, 1))}, {outputs}, {hold(scale[:, :, 0])})"
+        elif self._pack is None:
+            outputs = f"{outputs}.add_({hold(bias.view(-1, 1, 1))})"
         if residual is not None:
             outputs = f"added({outputs}, {residual})"
         return f"{outputs}.relu_()" if self._activation == "relu" else outputs
@@ -170,8 +224,8 @@ class ConvolveNarrowly(Convolve):
         super().__init__(layer, activation)
         outputs, inputs, height, self._width = layer.weight.shape
         self._form = layer.padding, (1, 2), (1, 1), 1
-        self._pairs, self._pair_bias = cast("Tensor | None", None), self._bias.repeat(2)
-        self.packed_nbytes += _packed_nbytes((2 * outputs, inputs, height, self._width + 1), *self._form)
+        self.packed_nbytes = _packed_nbytes((2 * outputs, inputs, height, self._width + 1), *self._form)
+        self._pairs, self.slice = cast("tuple[Tensor, Tensor] | None", None), None
 
     @staticmethod
     def suits(layer: Convolution) -> bool:
@@ -179,21 +233,20 @@ class ConvolveNarrowly(Convolve):
         moves_by_one = layer.stride == layer.dilation == (1, 1) and layer.groups == 1
         return moves_by_one and 2 * layer.weight.shape[0] <= _LANES.get(torch.backends.cpu.get_cpu_capability(), 0)
 
-    def packed(self) -> Convolve:  # noqa: D102
-        step = cast(ConvolveNarrowly, super().packed())
-        weight = self._layer.folded()
-        pairs = torch.cat([F.pad(weight, (0, 1)), F.pad(weight, (1, 0))])
-        step._pairs = _packed(pairs, *self._form)
+    def packed(self, larder: Larder) -> Convolve:  # noqa: D102
+        step, weight = self.__class__(self._layer, self._activation), self._layer.folded()
+        pairs = _packed(torch.cat([F.pad(weight, (0, 1)), F.pad(weight, (1, 0))]), *self._form)
+        step._pairs, step.packs = (pairs, self._bias.repeat(2)), (Pack(pairs, self.packed_nbytes),)
         return step
 
     def written(self, arguments: Sequence[str], hold: Hold, many: bool) -> str:  # noqa: D102
         one_by_one = super().written(arguments, hold, many)
         if self._pairs is None:
             return one_by_one
-        (x,) = arguments
-        pairs = _convolved(x, hold(self._pairs), hold(self._pair_bias), self._form, self._activation)
-        parted = f"parted({pairs}, {len(self._bias)})"
-        return f"{parted} if ({x}.size(3) - {self._width}) % 2 == 1 else {one_by_one}"  # an even number of columns
+        (x,), (weight, bias) = arguments, map(hold, self._pairs)
+        pairs = _convolved(x, weight, bias, self._form, self._activation)
+        even = f"({x}.size(3) - {self._width}) % 2 == 1"  # the number of columns of the result
+        return f"parted({pairs}, {len(self._bias)}) if {even} else {one_by_one}"
 
 
 class ConvolveAndAdd(Convolve):
@@ -209,21 +262,22 @@ class ConvolveAndAdd(Convolve):
         """Let the sum take the memory of the residual from now on."""
         self._overwrites = True
 
-    def packed(self) -> Convolve:  # noqa: D102
-        step = cast(ConvolveAndAdd, super().packed())
+    def packed(self, larder: Larder) -> Convolve:  # noqa: D102
+        step = cast(ConvolveAndAdd, super().packed(larder))
         step._overwrites = self._overwrites
         return step
 
     def written(self, arguments: Sequence[str], hold: Hold, many: bool) -> str:  # noqa: D102
         x, residual = arguments
         apart = self._apart(x, residual, hold)
-        if not many:
+        if not self._fuses(many):
             return apart
-        kernel, read = ("_convolution_pointwise_", f"{residual}, {x}"), f"{x}, {residual}"
-        name, read = (kernel if self._overwrites else ("_convolution_pointwise", read))
-        settings = [self._weight(hold), hold(self._bias), *map(literal, self._layer.form), "'add'", "1.0"]
+        name, read = "_convolution_pointwise", f"{x}, {residual}"
+        if self._overwrites:
+            name, read = "_convolution_pointwise_", f"{residual}, {x}"
+        settings = ", ".join([self._weight(hold), hold(self._bias), *map(literal, self._layer.form), "'add'", "1.0"])
         activation = literal(None if self._activation == "none" else self._activation)
-        fused = f"torch.ops.mkldnn.{name}({read}, {', '.join(settings)}, {activation}, [], '')"
+        fused = f"torch.ops.mkldnn.{name}({read}, {settings}, {activation}, [], '')"
         reach, stride = literal(self._reach), literal(self._layer.stride)
         # The kernels do not broadcast.
         return f"{fused} if fits({residual}, {x}, {hold(self._bias)}, {reach}, {stride}) else {apart}"
@@ -237,7 +291,7 @@ class Multiply(Step):
         self._layer, self._matrix = layer, cast("Tensor | None", None)
         self.packed_nbytes = 4 * layer.weight.numel()
 
-    def written(self, arguments: Sequence[str], hold: Hold, many: bool) -> str:  # noqa: ARG002, D102
+    def written(self, arguments: Sequence[str], hold: Hold, many: bool) -> str:  # noqa: D102
         scale, bias = self._layer.scale, self._layer.bias
         matrix = hold(self._layer.weight.flatten(1) if self._matrix is None else self._matrix)
         if self._matrix is None and scale is not None:
@@ -245,10 +299,10 @@ class Multiply(Step):
         pixels, shift = f"{arguments[0]}.permute([0, 2, 3, 1])", "None" if bias is None else hold(bias)
         return f"torch._C._nn.linear({pixels}, {matrix}, {shift}).permute([0, 3, 1, 2])"
 
-    def packed(self) -> Multiply:  # noqa: D102
+    def packed(self, larder: Larder) -> Multiply:  # noqa: D102
         step = Multiply(self._layer)
         step._matrix = self._layer.folded().flatten(1).contiguous()
-        step.nbytes = step.packed_nbytes
+        step.packs = (Pack(step._matrix, step.packed_nbytes),)
         return step
 
 

@@ -4,7 +4,7 @@ For the smallest, middle and largest subnet of the frontier (by accuracy) and ea
 of CPU threads, the median wall-clock time of one batch of
 
   budget0              the actuated subnet's executable on the shared weights, which folds slices on the way
-  default              its executable with packed weights of its own, as it runs when a memory budget holds it
+  default              its executable with packed weights, as far as the default budget holds them (column held)
   extracted_eager      the extracted network in plain torch: channels-last, inference mode
   extracted_compiled   the same compiled by torch.jit.trace, torch.jit.freeze and torch.jit.optimize_for_inference,
                        which fold norms and pack weights (not by torch.compile, which needs a C++ compiler)
@@ -12,10 +12,10 @@ of CPU threads, the median wall-clock time of one batch of
 
 Inputs lie ready in memory as each wants them. What is compared runs in turn, so that a slow moment of the machine falls
 on all alike; the first rounds warm up. All must give the logits of the actuated subnet to 1e-4, or the script fails.
-Batches above 16 are computed in parts by the executables, as the engine does, and whole by the others. held tells
-whether the default budget holds the subnet; engine_to_onnxruntime compares what the engine then runs: default or
-budget0. With ``--clock processor`` all times are processor time of the process, which other work on the machine
-distorts far less; on one thread it is the same on a machine of its own.
+Batches above 16 are computed in parts by the executables, as the engine does, and whole by the others. packed_bytes is
+what a subnet would hold alone; those that are held share large slices. With ``--clock processor`` all times are
+processor time of the process, which other work on the machine distorts far less; on one thread it is the same on a
+machine of its own.
 
 Actuation is the engine's look-up by name between two batches on subnets of the frontier, with the default budget. The
 curve over memory budgets holds subnets in the profile's order, as the server does; a subnet's latency at a budget is
@@ -60,9 +60,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import slackfit
 from config import Config
 from engine import CHUNK, Engine
-from executables import CannotFuseError, Executable, ExecutableCache, trace
+from executables import CannotFuseError, ExecutableCache, trace
 from scripts.bench_supernet import memory, tensor_bytes
 from servable import Servable, load_servable
+from steps import Larder
 from supernet import Supernet, SupernetError
 
 TOLERANCE, WARM_UP, FEWEST = 1e-4, 3, 3  # the latter two in rounds
@@ -78,22 +79,33 @@ Step = Callable[[], object]
 # ------------------------------------------------------------------------------------------------- compared networks
 
 
-def networks_of(supernet: Supernet, name: str, x: Tensor, threads: int) -> tuple[dict[str, Network], dict[str, Any]]:
-    """All forms of a subnet, for inputs like ``x``, and their sizes."""
+def by_default(supernet: Supernet, names: Sequence[str]) -> ExecutableCache:
+    """What an engine with the default budget holds of these subnets."""
+    cache = ExecutableCache(Config().memory_budget_bytes(supernet.nbytes))
+    for name in names:
+        cache.add(name, supernet.actuate(supernet.space.parse(name)))
+    cache.fill()
+    return cache
+
+
+def networks_of(
+    supernet: Supernet, name: str, default: Network, x: Tensor, threads: int
+) -> tuple[dict[str, Network], dict[str, Any]]:
+    """All forms of a subnet, for inputs like ``x``, and their sizes; ``default`` is one of them."""
     actuated = supernet.actuate(supernet.space.parse(name))
     extracted = supernet.extract(actuated.subnet).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     shared = trace(actuated)
-    packed = shared.packed()
     with warnings.catch_warnings(action="ignore"):  # that torch.jit and this exporter have successors
         compiled, exported = compiled_of(extracted, x), exported_of(extracted, x)
     weights = tensor_bytes([*extracted.parameters(), *extracted.buffers()])
-    sizes = {"packed_bytes": packed.nbytes, "extracted_bytes": weights, "onnx_bytes": len(exported)}
-    executables = {"budget0": partial(in_parts, shared), "default": partial(in_parts, packed)}
-    alone = {"extracted_eager": extracted, "extracted_compiled": compiled}
-    return {**executables, **alone, "onnxruntime": onnxruntime_of(exported, threads)}, {"subnet": name, **sizes}
+    alone = sum(shared.needs(Larder()).values())
+    sizes = {"packed_bytes": alone, "extracted_bytes": weights, "onnx_bytes": len(exported)}
+    executables = {"budget0": partial(in_parts, shared), "default": partial(in_parts, default)}
+    separate = {"extracted_eager": extracted, "extracted_compiled": compiled}
+    return {**executables, **separate, "onnxruntime": onnxruntime_of(exported, threads)}, {"subnet": name, **sizes}
 
 
-def in_parts(executable: Executable, x: Tensor) -> Tensor:
+def in_parts(executable: Network, x: Tensor) -> Tensor:
     """A batch as the engine's workers compute it."""
     if len(x) <= CHUNK:
         return executable(x)
@@ -165,11 +177,11 @@ def check(where: str, runs: Runs, expected: Tensor) -> None:
 
 
 def compare(
-    servable: Servable, name: str, held: bool, options: argparse.Namespace, step: Step
+    servable: Servable, name: str, default: ExecutableCache, options: argparse.Namespace, step: Step
 ) -> tuple[list[Any], dict[str, Any]]:
-    """Latencies of a subnet's forms by batch size, and their sizes; ``held``: by the default budget."""
+    """Latencies of a subnet's forms by batch size, and their sizes; ``default``: what the default budget holds."""
     example = inputs(servable, 1, options.seed)
-    networks, sizes = networks_of(servable.supernet, name, example, options.threads)
+    networks, sizes = networks_of(servable.supernet, name, default.get(name), example, options.threads)
     rows = []
     for batch in options.batches:
         x = inputs(servable, batch, options.seed)
@@ -180,8 +192,7 @@ def compare(
         row = {"subnet": name, "batch": batch} | {f"{form}_ms": median for form, median in medians_ms.items()}
         row["budget0_to_eager"] = round(medians_ms["budget0"] / medians_ms["extracted_eager"], 3)
         row["default_to_onnxruntime"] = round(medians_ms["default"] / medians_ms["onnxruntime"], 3)
-        run_ms = medians_ms["default" if held else "budget0"]
-        row |= {"held": held, "engine_to_onnxruntime": round(run_ms / medians_ms["onnxruntime"], 3)}
+        row["held"] = name in default.held
         rows.append(row)
     return rows, sizes
 
@@ -256,8 +267,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with tqdm(total=options.rounds * (1 + len(picked) * len(options.batches)), disable=None, leave=False) as bar:
         curve = budget_curve(servable, names, options, bar.update)
         times, default = switching(servable, names, options.seed)
-        held = default["default_held_subnets"]
-        compared = [compare(servable, name, name in held, options, bar.update) for name in picked]
+        cache = by_default(servable.supernet, names)
+        compared = [compare(servable, name, cache, options, bar.update) for name in picked]
     stored = memory(servable, ranked)
     return {
         "rows": [row for rows, _ in compared for row in rows],

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
+import math
 import random
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import cast
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fixtures_supernet import INPUT, SPACE, STAGES, images, randomise, tiny_servable
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -23,7 +24,8 @@ import supernets
 from config import Config, ConfigError
 from engine import CHUNK, Engine
 from executables import CannotFuseError, Executable, ExecutableCache, trace
-from steps import Step
+from programs import Program
+from steps import Convolution, ConvolveNarrowly, Larder, Step
 from supernet import ActuatedSubnet, Subnet, SubnetSpace, Supernet
 
 BATCHES = (1, 2, 5, 17)
@@ -113,7 +115,7 @@ def assert_executable(subnet: ActuatedSubnet) -> None:
 
 
 def steps(executable: Executable) -> list[Step]:
-    return list(executable._steps.values())
+    return list(executable.steps)
 
 
 # ------------------------------------------------------------------------------------------------------------- outputs
@@ -356,20 +358,133 @@ def test_networks_run_while_others_are_traced() -> None:
         tracing.result()
 
 
-OWN = ("_matrix", "_packed", "_pairs")  # weights that steps hold when they are packed
+def packed_nbytes(executable: Executable) -> int:
+    """What it would hold with weights all of its own."""
+    return sum(executable.needs(Larder()).values())
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nbytes_is_what_is_held(supernet: Supernet, name: str) -> None:
     shared = trace(supernet.actuate(Subnet.parse(name)))
     packed = shared.packed()
-    held = 0
-    for step in steps(packed):
-        for tensor in filter(lambda each: each is not None, (getattr(step, name, None) for name in OWN)):
-            held += torch.ops.mkldnn._nbytes(tensor) if tensor.is_mkldnn else tensor.untyped_storage().nbytes()
-    assert (shared.nbytes, shared.packed_nbytes, packed.nbytes) == (0, held, held)
-    weights = sum(weight.numel() for weight in supernet.network.parameters() if weight.dim() == 4)
-    assert name != SPACE.largest.name or held >= 4 * weights
+    weights = [pack.weight for step in steps(packed) for pack in step.packs]
+    held = sum(torch.ops.mkldnn._nbytes(each) if each.is_mkldnn else 4 * each.numel() for each in weights)
+    assert (shared.nbytes, packed_nbytes(shared), packed.nbytes) == (0, held, held)
+    whole = sum(weight.numel() for weight in supernet.network.parameters() if weight.dim() == 4)
+    assert name != SPACE.largest.name or held >= 4 * whole
+
+
+@given(
+    outputs=st.integers(1, 8),
+    kernel=st.sampled_from([(1, 1), (3, 3), (2, 4), (1, 5)]),
+    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    columns=st.integers(5, 9),
+    relu=st.booleans(),
+)
+def test_narrow_convolutions_are_those_of_torch_for_any_number_of_columns(
+    outputs: int, kernel: tuple[int, int], padding: tuple[int, int], columns: int, relu: bool
+) -> None:
+    generator = torch.Generator().manual_seed(outputs)
+    weight, bias = torch.randn(outputs, 3, *kernel, generator=generator), torch.randn(outputs, generator=generator)
+    layer = Convolution(weight, bias, (1, 1), padding, (1, 1), 1, torch.linspace(-1, 2, outputs).view(-1, 1, 1, 1))
+    step = ConvolveNarrowly(layer, "relu" if relu else "none")
+    for count in (1, 3):
+        x = torch.randn(count, 3, 6, columns, generator=generator).contiguous(memory_format=torch.channels_last)
+        expected = torch.conv2d(x, layer.folded(), bias, padding=padding)
+        for each in (step, step.packed(Larder())):
+            given = each(x)
+            assert given.is_contiguous(memory_format=torch.channels_last) or 1 in given.shape
+            torch.testing.assert_close(given, expected.relu() if relu else expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_of_known_parts_is_one_program_and_others_go_step_by_step() -> None:
+    assert isinstance(trace(resnet().actuate(SPACE.largest))._many, Program)
+    stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(4), nn.GELU())
+    assert not isinstance(trace(actuated(FORMS["residual"], stem))._many, Program)
+
+
+# ------------------------------------------------------------------------------------------------------- shared slices
+
+
+@pytest.fixture
+def everything_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However small it is."""
+    monkeypatch.setattr("steps.LEAST_SHARED_BYTES", 0)
+
+
+def cache_of_slices(supernet: Supernet, budget: float, names: Iterable[str]) -> ExecutableCache:
+    cache = ExecutableCache(budget)
+    for name in names:
+        cache.add(name, supernet.actuate(Subnet.parse(name)))
+    return cache
+
+
+WIDE = {"widths": (16, 32, 32)}  # of which not all are too narrow to be shared
+LIKE_NAMES = [SPACE.largest.name, "d1-2-1-e1", SPACE.smallest.name]
+
+
+@pytest.mark.usefixtures("everything_is_shared")
+def test_subnets_that_share_slices_give_the_outputs_of_the_actuated_subnets() -> None:
+    supernet = resnet(**WIDE)
+    for subnet in (SPACE.largest, SPACE.smallest):
+        supernet.calibrate(subnet, [images(16, seed=9)])
+    cache = cache_of_slices(supernet, math.inf, LIKE_NAMES)
+    cache.fill()
+    alone = [trace(supernet.actuate(Subnet.parse(name))).packed() for name in LIKE_NAMES]
+    assert cache.nbytes < 0.8 * sum(each.nbytes for each in alone)
+    for name in LIKE_NAMES:
+        for count in BATCHES:
+            assert_equal(cast(Executable, cache.get(name)), supernet.actuate(Subnet.parse(name)), count)
+
+
+@pytest.mark.usefixtures("everything_is_shared")
+def test_a_shared_slice_stays_as_long_as_one_holds_it_and_is_freed_with_the_last() -> None:
+    gc.disable()
+    try:
+        cache = cache_of_slices(resnet(**WIDE), math.inf, LIKE_NAMES)
+        cache.fill()
+        first, second = (cast(Executable, cache.get(name)) for name in LIKE_NAMES[:2])
+        shared = [weakref.ref(pack) for pack in first.packs & second.packs]
+        assert shared
+        del first
+        cache.drop()
+        assert all(ref() is not None for ref in shared)
+        del second
+        assert all(ref() is None for ref in shared)
+    finally:
+        gc.enable()
+
+
+SLICES = resnet(**WIDE)
+SUBNETS = [subnet.name for subnet in list(SPACE)[:: len(SPACE) // 5]]
+ALONE = {name: packed_nbytes(trace(SLICES.actuate(Subnet.parse(name)))) for name in SUBNETS}
+
+
+@pytest.mark.usefixtures("everything_is_shared")
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    share=st.floats(0, 1.2),
+    early=st.lists(st.sampled_from(SUBNETS), unique=True),
+    uses=st.lists(st.sampled_from([*SUBNETS, "rebalance"]), max_size=10),
+)
+def test_the_budget_is_kept_when_slices_are_shared_and_when_subnets_come_later(
+    share: float, early: list[str], uses: list[str]
+) -> None:
+    """Those that came first may hold slices of their own that others share later."""
+    cache = cache_of_slices(SLICES, share * max(ALONE.values()), early)
+    cache.fill(lambda: within_budget(cache))
+    for use in uses:
+        if use == "rebalance":
+            cache.rebalance()
+        else:
+            cache.add(use, SLICES.actuate(Subnet.parse(use)))
+            cache.get(use)
+        within_budget(cache)
+    assert not cache.held or cache.nbytes > 0
+
+
+def within_budget(cache: ExecutableCache) -> None:
+    assert cache.nbytes <= cache.budget
 
 
 # --------------------------------------------------------------------------------------------------------------- cache
@@ -417,7 +532,7 @@ def within(cache: ExecutableCache) -> None:
 
 def test_the_budget_counts_what_the_kernels_pad(supernet: Supernet) -> None:
     subnets = [supernet.actuate(subnet) for subnet in list(SPACE)[:4]]
-    whole = sum(trace(subnet).packed_nbytes for subnet in subnets)
+    whole = sum(packed_nbytes(trace(subnet)) for subnet in subnets)
     for budget in (whole - 1, whole):
         cache = ExecutableCache(budget)
         for subnet in subnets:
@@ -551,7 +666,7 @@ def test_what_cannot_be_fused_runs_as_the_actuated_subnet() -> None:
 def engine() -> Iterator[Engine]:
     """Holds one of the largest, or all of the smaller ones."""
     servable = tiny_servable()
-    engine = Engine(servable, "cpu", memory_budget=trace(servable.supernet.actuate(SPACE.largest)).packed_nbytes)
+    engine = Engine(servable, "cpu", memory_budget=packed_nbytes(trace(servable.supernet.actuate(SPACE.largest))))
     yield engine
     engine.close()
 
