@@ -49,15 +49,22 @@ class Executable:
     def __init__(self, network: fx.GraphModule, packed: Mapping[Step, Step] | None = None) -> None:
         self._network = network
         self._steps = {step: step for step in _steps(network.graph)} if packed is None else dict(packed)
-        self._one, self._many = self._written(many=False), self._written(many=True)
+        self._written: dict[bool, Callable[[Tensor], Tensor]] = {}
         self.packs = frozenset(pack for step in self._steps.values() for pack in step.packs)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Logits of a batch of inputs (N, C, H, W), channels-last in memory."""
-        return (self._many if x.shape[0] > 1 else self._one)(x)
+        many = x.shape[0] > 1
+        run = self._written.get(many) or self.write(many)
+        return run(x)
 
-    def _written(self, many: bool) -> Callable[[Tensor], Tensor]:
-        """All of it as one program, for batches of one or of many; step by step where not all of it can be written."""
+    def write(self, many: bool) -> Callable[[Tensor], Tensor]:
+        """Get ready for batches of one or of ``many``, which the first such batch would have to wait for otherwise."""
+        self._written[many] = run = self._program(many)
+        return run
+
+    def _program(self, many: bool) -> Callable[[Tensor], Tensor]:
+        """All of it as one program; step by step where not all of it can be written."""
 
         def target(node: fx.Node) -> Any:
             if node.op == "get_attr":
@@ -418,5 +425,8 @@ class ExecutableCache:
                 del self._packed[name]
             for name in names:
                 if name not in self._packed:
-                    self._packed[name] = cast(Executable, self._shared[name]).packed(self._larder)
+                    packed = cast(Executable, self._shared[name]).packed(self._larder)
+                    packed.write(many=False)
+                    packed.write(many=True)
+                    self._packed[name] = packed
                 step()

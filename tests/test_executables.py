@@ -398,9 +398,9 @@ def test_narrow_convolutions_are_those_of_torch_for_any_number_of_columns(
 
 
 def test_a_network_of_known_parts_is_one_program_and_others_go_step_by_step() -> None:
-    assert isinstance(trace(resnet().actuate(SPACE.largest))._many, Program)
+    assert isinstance(trace(resnet().actuate(SPACE.largest)).write(many=True), Program)
     stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(4), nn.GELU())
-    assert not isinstance(trace(actuated(FORMS["residual"], stem))._many, Program)
+    assert not isinstance(trace(actuated(FORMS["residual"], stem)).write(many=True), Program)
 
 
 # ------------------------------------------------------------------------------------------------------- shared slices
