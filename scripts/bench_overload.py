@@ -107,15 +107,16 @@ class Client:
         self.lost_connections = 0
 
     async def connect(self) -> None:
-        """Open all connections."""
+        """Open all connections, but for those that are open: servers close what is idle for a minute."""
         loop = asyncio.get_running_loop()
-        for _ in range(self._connections):
+        for _ in range(self._connections - len(self._open)):
             _, connection = await loop.create_connection(lambda: Connection(self), *self._address)
             self._free.append(connection)
             self._open.add(connection)
 
     async def run(self, schedule: workloads.Arrivals, grace_s: float) -> Sent:
         """Send everything, and wait for the answers until ``grace_s`` after the last instant."""
+        await self.connect()
         self._schedule = schedule.tolist()
         count = len(self._schedule)
         self._sent_s, self._done_s = array("d", [math.nan]) * count, array("d", [math.nan]) * count
@@ -150,7 +151,7 @@ class Client:
             self._settle(query, status)
 
     def lose(self, connection: Connection) -> None:
-        """A connection ended; it is not replaced, and what was on it has failed."""
+        """A connection ended; it is not replaced before the next schedule, and what was on it has failed."""
         self._open.discard(connection)
         self.lost_connections += 1
         if connection.query >= 0:
@@ -438,7 +439,6 @@ async def measure(
 ) -> dict[str, Any]:
     """All phases against a running server; their figures, and what they amount to."""
     client = Client(url, requests, options.connections)
-    await client.connect()
     gc.collect()
     gc.freeze()
     gc.disable()  # a pause of the client would look like one of the server
