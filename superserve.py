@@ -27,7 +27,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -128,7 +128,7 @@ class SuperServe:
         if table is not None:
             self._use(table)
         self._aside = Hands(ASIDE, "aside")
-        self._batches: set[asyncio.Task[None]] = set()
+        self._batches: set[asyncio.Future[Outputs]] = set()
         self._pump_due = False
         self._expiry: asyncio.TimerHandle | None = None
         self._expiry_s = math.inf
@@ -439,10 +439,10 @@ class SuperServe:
     def _run(self, batch: Batch, dispatcher: Dispatcher) -> None:
         limit_s = max(self.config.hang_timeout_s, HANG_FACTOR * dispatcher.planned_s(batch))
         # Submitted here and not in the task, which would begin only after what else this turn of the loop holds.
-        running = self.engine.run(batch.entry.name, [query.input for query in batch.queries], limit_s)
-        task = asyncio.get_running_loop().create_task(self._finish(batch, running, dispatcher))
-        self._batches.add(task)
-        task.add_done_callback(self._batches.discard)
+        inputs = [query.input for query in batch.queries]
+        running = asyncio.ensure_future(self.engine.run(batch.entry.name, inputs, limit_s))
+        self._batches.add(running)
+        running.add_done_callback(partial(self._finish, batch, dispatcher))
 
     def _arm_expiry(self, deadline_s: float) -> None:
         if self._expiry is not None:
@@ -455,10 +455,11 @@ class SuperServe:
         self._expiry, self._expiry_s = None, math.inf
         self._pump()
 
-    async def _finish(self, batch: Batch, running: Awaitable[Outputs], dispatcher: Dispatcher) -> None:
-        """Wait for one batch and settle it; whatever goes wrong, only its own queries fail."""
+    def _finish(self, batch: Batch, dispatcher: Dispatcher, done: asyncio.Future[Outputs]) -> None:
+        """Settle one batch, and start the next before the answers are written; only its own queries may fail."""
+        self._batches.discard(done)
         try:
-            dispatcher.settle(batch, await running)
+            dispatcher.settle(batch, done.result())
         except Exception as error:  # noqa: BLE001 the one broad except: it guards one batch
             log_event("batch failed", logging.ERROR, error, subnet=batch.entry.name, batch_size=len(batch.queries))
             hung = isinstance(error, HungError)
@@ -468,7 +469,8 @@ class SuperServe:
             if self.lost is not None:
                 self._lose(dispatcher)
         finally:
-            self._wake()
+            del done  # its error, if it has one, refers to this frame
+            self._pump()
 
     def _lose(self, dispatcher: Dispatcher) -> None:
         """Refuse whatever waits and whatever comes: nothing can be computed any more."""
