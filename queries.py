@@ -157,6 +157,11 @@ class DeadlineHeap:
     def __len__(self) -> int:
         return len(self._entries)
 
+    @property
+    def deadlines_s(self) -> Sequence[float]:
+        """All deadlines, ascending: the heap's own, which change as queries come and go."""
+        return self._deadlines_s
+
     def push(self, query: Query) -> None:
         """Add a query."""
         query.order = next(self._sequence) - (query.priority << 48)
@@ -225,14 +230,3 @@ class DeadlineHeap:
     def oldest_age_s(self, now_s: float) -> float:
         """How long ago the query arrived that arrived first, 0 when none waits; looks at each."""
         return now_s - min((query.arrival_s for _, _, query in self._entries), default=now_s)
-
-    def deadlines_s(self) -> Sequence[float]:
-        """All deadlines, ascending."""
-        return self._deadlines_s[:]
-
-    def slowed_deadlines_s(self, now_s: float, factor: float) -> Sequence[float]:
-        """All deadlines, ascending, slack divided by the factor."""
-        slowed_s = np.frombuffer(self._deadlines_s) - now_s
-        slowed_s /= factor
-        slowed_s += now_s
-        return array("d", slowed_s.tobytes())
