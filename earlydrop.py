@@ -171,6 +171,8 @@ class _Ahead:
         self._slo_s, self._rate = traffic.mean_slo_s, traffic.bearable_rate(latency_s, workers)
         self._together = (workers + 1) // 2  # so many batches are simulated as one: looking ahead costs no more then
         self._share = self._together / workers
+        most = len(latency_s) - 1
+        self._marks_s = tuple(latency_s[size] * queue.stretch for size in (1, min(2, most), most))
         self.batches = 0  # simulated so far
 
     def first_with_slack(self, first: int, size: int) -> int:
@@ -193,24 +195,32 @@ class _Ahead:
         What is beyond the batches that are simulated is taken to be lost in the same proportion.
         """
         start_s = now_s = self._now_s
-        start, lost, batches, rate, stretch = first, 0, QUEUE_BATCHES, self._rate, self._stretch
+        start, lost, batches, stretch, rate = first, 0, QUEUE_BATCHES, self._stretch, self._rate / self._stretch
         deadlines_s, latency_s, together = self._deadlines_s, self._latency_s, self._together
-        count, most, shortest_s = len(deadlines_s), len(latency_s) - 1, latency_s[1] * stretch
-        share = self._share * stretch
+        count, most, share = len(deadlines_s), len(latency_s) - 1, self._share * stretch
+        shortest_s, second_s, longest_s = self._marks_s
         # For speed without helpers: these loops are most of the time that a decision takes in overload. While the queue
-        # fills the largest batches, what arrives meanwhile does not matter.
+        # fills the largest batches, what arrives meanwhile does not matter. Most batches are of one query (after a
+        # loss) or the largest (after those given up): neither has to be searched for.
         filled = count - most * together
-        while first <= filled and batches and lost <= most_lost:
+        while first <= filled and batches:
             left_s = deadlines_s[first] - now_s
-            if left_s >= shortest_s:
-                batch_size = bisect_right(latency_s, left_s / stretch, 2) - 1
-                now_s += latency_s[batch_size] * share
-                first += batch_size * together
-                batches -= 1
-            else:
+            if left_s < shortest_s:
                 alive = bisect_left(deadlines_s, now_s + shortest_s, first + 1)
                 lost += alive - first
                 first = alive
+                if lost > most_lost:
+                    break
+                continue
+            if left_s >= longest_s:
+                batch_size = most
+            elif left_s < second_s:
+                batch_size = 1
+            else:
+                batch_size = bisect_right(latency_s, left_s / stretch, 2) - 1
+            now_s += latency_s[batch_size] * share
+            first += batch_size * together
+            batches -= 1
         while first < count and batches and lost <= most_lost:
             left_s = deadlines_s[first] - now_s
             if left_s < shortest_s:
@@ -218,19 +228,21 @@ class _Ahead:
                 lost += alive - first
                 first = alive
                 continue
-            there = count - first + int(rate * ((now_s - start_s) / stretch))
+            there = count - first + int(rate * (now_s - start_s))
             batch_size = bisect_right(latency_s, left_s / stretch, 2, there + 1 if there < most else most + 1) - 1
-            batches_now = together if batch_size * together <= there else ceil(there / batch_size)
-            now_s += latency_s[batch_size] * batches_now / self._workers * stretch
-            first += min(batch_size * batches_now, there)
+            if batch_size * together <= there:
+                now_s += latency_s[batch_size] * share
+                first += batch_size * together
+            else:
+                now_s += latency_s[batch_size] * ceil(there / batch_size) / self._workers * stretch
+                first += there
             batches -= 1
         self.batches += QUEUE_BATCHES - batches
-        busy_s = (now_s - start_s) / stretch
         if first < count:
             lost += round((count - first) * lost / (first - start))
         if not rate or lost > most_lost:
             return lost, now_s
-        more, after_s = self._losses_of_expected(busy_s, first - count if first > count else 0)
+        more, after_s = self._losses_of_expected((now_s - start_s) / stretch, first - count if first > count else 0)
         return lost + more, now_s + after_s * stretch
 
     def _losses_of_expected(self, busy_s: float, taken: int) -> tuple[int, float]:
