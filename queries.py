@@ -150,7 +150,7 @@ class DeadlineHeap:
 
     def __init__(self) -> None:
         self._entries: list[tuple[float, int, Query]] = []
-        self._deadlines_s = array("d")  # of the entries; numpy reads it in place
+        self._deadlines_s: list[float] = []  # of the entries
         self._sequence = itertools.count()
         self.nbytes = 0  # of all inputs
 
