@@ -67,7 +67,7 @@ class Traffic(NamedTuple):
 
     def bearable_rate(self, latency_s: Sequence[float], workers: int) -> float:
         """The rate, or a little more than all workers bear at most: what is beyond that is lost in any case."""
-        most = largest_batch(latency_s, self.shortest_slo_s, len(latency_s) - 1)
+        most = bisect_right(latency_s, self.shortest_slo_s, 1) - 1
         return min(self.rate, 1.1 * workers * most / latency_s[most]) if most else 0.0
 
 
@@ -108,7 +108,8 @@ class _Window:
             self._forget_before(now_s - self._length_s)
 
     def rate(self, now_s: float) -> float:
-        self._forget_before(now_s - self._length_s)
+        if self._instants_s and self._instants_s[0] < now_s - self._length_s:
+            self._forget_before(now_s - self._length_s)
         lasted_s = now_s - self._first_s
         if lasted_s >= self._length_s:
             return len(self._instants_s) / self._length_s
@@ -171,23 +172,24 @@ class _Ahead:
         self._slo_s, self._rate = traffic.mean_slo_s, traffic.bearable_rate(latency_s, workers)
         self._together = (workers + 1) // 2  # so many batches are simulated as one: looking ahead costs no more then
         self._share = self._together / workers
-        most = len(latency_s) - 1
-        self._marks_s = tuple(latency_s[size] * queue.stretch for size in (1, min(2, most), most))
         self.batches = 0  # simulated so far
 
     def first_with_slack(self, first: int, size: int) -> int:
         """The first query with slack for a batch of this size, or of itself and all behind it."""
+        deadlines_s = self._deadlines_s
+        head = bisect_left(deadlines_s, self._now_s + self._latency_s[size] * self._stretch, first)
+        return head if len(deadlines_s) - head >= size else self._first_with_slack_for_all(first, head, size)
+
+    def _first_with_slack_for_all(self, first: int, enough: int, size: int) -> int:
+        """The same where fewer than the size are left behind the first with ``enough`` slack for it."""
         latency_s, deadlines_s, now_s, stretch = self._latency_s, self._deadlines_s, self._now_s, self._stretch
         count = len(deadlines_s)
-        head = bisect_left(deadlines_s, now_s + latency_s[size] * stretch, first)
-        if count - head >= size:
-            return head
 
         def has_slack(head: int) -> bool:
             return (deadlines_s[head] - now_s) / stretch >= latency_s[min(count - head, size)]
 
         # Further down the queue slack grows and the batch of the others shrinks, so that the place can be bisected.
-        return bisect_left(range(head), True, max(first, count - size), key=has_slack)
+        return bisect_left(range(enough), True, max(first, count - size), key=has_slack)
 
     def losses(self, first: int, most_lost: int) -> tuple[int, float]:
         """How many are lost if those before ``first`` are given up, and when the others are done; stops at too many.
@@ -198,12 +200,14 @@ class _Ahead:
         start, lost, batches, stretch, rate = first, 0, QUEUE_BATCHES, self._stretch, self._rate / self._stretch
         deadlines_s, latency_s, together = self._deadlines_s, self._latency_s, self._together
         count, most, share = len(deadlines_s), len(latency_s) - 1, self._share * stretch
-        shortest_s, second_s, longest_s = self._marks_s
+        shortest_s, longest_s = latency_s[1] * stretch, latency_s[-1] * stretch
+        second_s = latency_s[min(2, most)] * stretch
+        single_s, whole_s, whole = latency_s[1] * share, latency_s[-1] * share, most * together
         # For speed without helpers: these loops are most of the time that a decision takes in overload. While the queue
         # fills the largest batches, what arrives meanwhile does not matter. Most batches are of one query (after a
         # loss) or the largest (after those given up): neither has to be searched for.
-        filled = count - most * together
-        while first <= filled and batches:
+        filled = count - whole
+        while batches and first <= filled:
             left_s = deadlines_s[first] - now_s
             if left_s < shortest_s:
                 alive = bisect_left(deadlines_s, now_s + shortest_s, first + 1)
@@ -212,14 +216,16 @@ class _Ahead:
                 if lost > most_lost:
                     break
                 continue
-            if left_s >= longest_s:
-                batch_size = most
-            elif left_s < second_s:
-                batch_size = 1
+            if left_s < second_s:
+                now_s += single_s
+                first += together
+            elif left_s >= longest_s:
+                now_s += whole_s
+                first += whole
             else:
                 batch_size = bisect_right(latency_s, left_s / stretch, 2) - 1
-            now_s += latency_s[batch_size] * share
-            first += batch_size * together
+                now_s += latency_s[batch_size] * share
+                first += batch_size * together
             batches -= 1
         while first < count and batches and lost <= most_lost:
             left_s = deadlines_s[first] - now_s

@@ -6,7 +6,6 @@ Reads no clock, and decides nothing: what becomes of each query is the dispatche
 from __future__ import annotations
 
 import itertools
-from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

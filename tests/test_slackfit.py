@@ -154,6 +154,37 @@ def test_a_policy_that_adopts_a_table_decides_as_one_made_for_it_that_saw_the_sa
     assert policy.decide(NOW_S, queue) == fresh.decide(NOW_S, queue)
 
 
+@given(tables(crossing=True), any_queue, policies, st.sampled_from([2, 4, 8]))
+def test_stretched_batches_are_decided_as_shorter_slack_ties_included(
+    table: ProfileTable, queue: QueueView, spec: str, stretch: int
+) -> None:
+    longer_s = [NOW_S + stretch * (deadline_s - NOW_S) for deadline_s in queue.deadlines_s]
+    stretched = decide(make_policy(spec, table), QueueView(longer_s, stretch))
+    assert stretched == decide(make_policy(spec, table), queue)
+
+
+@given(policies, st.sampled_from([1, 1, 2, 3, 8]), st.integers(0, 2**32), st.booleans())
+def test_long_queues_with_stretched_batches_are_decided_as_with_shorter_slack(
+    spec: str, workers: int, seed: int, crossing: bool
+) -> None:
+    rng = random.Random(seed)
+    table, stretch, slo_s, rate = (
+        random_table(rng, crossing),
+        rng.uniform(1, 4),
+        rng.uniform(0.005, 0.1),
+        rng.uniform(10, 1e4),
+    )
+    deadlines_s = sorted(NOW_S + slo_s * rng.uniform(-0.2, 4) for _ in range(round(10 ** rng.uniform(0, 3))))
+    shorter_s = [NOW_S + (deadline_s - NOW_S) / stretch for deadline_s in deadlines_s]
+    decisions = []
+    for queue in (QueueView(deadlines_s, stretch), QueueView(shorter_s)):
+        policy = make_policy(spec, table, workers)
+        for number in range(100):
+            policy.arrived(NOW_S - (100 - number) / rate, slo_s)
+        decisions.append(policy.decide(NOW_S, queue))
+    assert decisions[0] == decisions[1]
+
+
 def test_a_fixed_policy_keeps_its_table(table: ProfileTable) -> None:
     assert not make_policy("fixed:s2", table).adopt(table)
 
