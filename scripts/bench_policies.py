@@ -180,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for row in rows:
         where = f"{row['table']:<20} {row['policy']:<12} {row['state']:<9} {row['slos']:<6}"
         print(f"{where} p50 {row['p50_us']:7.1f} us  p99 {row['p99_us']:7.1f} us")
-    settings = {"waiting": options.waiting, "margin": options.margin}
+    settings = {"waiting": options.waiting, "margin": options.margin, "rounds": options.rounds}
     document = {"cores": os.cpu_count(), **replay.provenance(), **settings, "rows": rows}
     if options.json:
         write_text(options.json, json.dumps(document, indent=1) + "\n")
