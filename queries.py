@@ -143,7 +143,7 @@ class DeadlineHeap:
     """Waiting queries, most urgent first; equal deadlines by priority, then by arrival. Reads no clock.
 
     Kept fully sorted, which is a heap too: queries mostly arrive in the order of their deadlines, so that most are
-    appended, and early drop reads all deadlines in order on each decision in overload. Whatever enters or leaves
+    appended, and early drop looks deadlines up by their place on each decision in overload. Whatever enters or leaves
     elsewhere moves pointers only, which for a queue of thousands takes less time than a heap's comparisons.
     """
 
