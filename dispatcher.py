@@ -18,11 +18,12 @@ import numpy as np
 
 from profiletable import Corrections
 from queries import NOBODY, NOTHING, Answer, Answered, DeadlineHeap, Query
-from slackfit import Decision, Entry, Policy, ProfileTable
+from slackfit import Decision, Entry, Policy, ProfileTable, QueueView
 from web.errors import BatchFailed, DeadlineExceeded, NotReady, QueueFull, ServeError, forget_past
 
 if TYPE_CHECKING:
     from engine import Outputs  # deciding needs no torch
+
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Batch:
@@ -32,31 +33,6 @@ class Batch:
     queries: tuple[Query, ...]
     started_s: float
     ended: bool = False
-
-
-@dataclass(slots=True)  # not frozen: made by each decision, and frozen ones take three times as long to make
-class SlowedQueue:
-    """The waiting queries as a policy must see them while batches take ``factor`` times as long as the table says.
-
-    A policy compares latencies with slack, so that slack divided by the factor does what multiplying the table would.
-    """
-
-    heap: DeadlineHeap
-    now_s: float
-    factor: float
-
-    def __len__(self) -> int:
-        return len(self.heap)
-
-    @property
-    def head_deadline_s(self) -> float:
-        """When the most urgent query is due, slack shortened."""
-        now_s = self.now_s
-        return now_s + (self.heap.head_deadline_s - now_s) / self.factor
-
-    def deadlines_s(self) -> Sequence[float]:
-        """All deadlines, ascending, slack shortened."""
-        return self.heap.slowed_deadlines_s(self.now_s, self.factor)
 
 
 class Observer(Protocol):
@@ -400,7 +376,7 @@ class Dispatcher:
         """What the policy wants for the most urgent query, or what that one's client does."""
         head = self.heap.head
         if head.choice is None:
-            return self.policy.decide(now_s, self._queue(now_s), lowest)
+            return self.policy.decide(now_s, QueueView(self.heap.deadlines_s, self._stretch), lowest)
         entry, slack_s = self._least_for(head), (head.deadline_s - now_s) / self._stretch
         size = bisect_right(entry.latency_s, slack_s + ROUNDING_S, 1) - 1
         return Decision(0, entry, size) if size else Decision(1, None, 0)
@@ -489,10 +465,6 @@ class Dispatcher:
         seen = ratio / self.applied[name]
         followed = self.slowdown + (seen - self.slowdown) * (0.2 if seen > self.slowdown else 0.02)
         self.slowdown = min(max(1.0, followed), MOST_SLOWDOWN)
-
-    def _queue(self, now_s: float) -> DeadlineHeap | SlowedQueue:
-        stretch = self._stretch
-        return self.heap if stretch < 1.01 else SlowedQueue(self.heap, now_s, stretch)
 
     @property
     def _stretch(self) -> float:

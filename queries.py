@@ -6,7 +6,6 @@ Reads no clock, and decides nothing: what becomes of each query is the dispatche
 from __future__ import annotations
 
 import itertools
-from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -144,18 +143,23 @@ class DeadlineHeap:
     """Waiting queries, most urgent first; equal deadlines by priority, then by arrival. Reads no clock.
 
     Kept fully sorted, which is a heap too: queries mostly arrive in the order of their deadlines, so that most are
-    appended, and early drop reads all deadlines in order on each decision in overload. Whatever enters or leaves
+    appended, and early drop looks deadlines up by their place on each decision in overload. Whatever enters or leaves
     elsewhere moves pointers only, which for a queue of thousands takes less time than a heap's comparisons.
     """
 
     def __init__(self) -> None:
         self._entries: list[tuple[float, int, Query]] = []
-        self._deadlines_s = array("d")  # of the entries; numpy reads it in place
+        self._deadlines_s: list[float] = []  # of the entries
         self._sequence = itertools.count()
         self.nbytes = 0  # of all inputs
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    @property
+    def deadlines_s(self) -> Sequence[float]:
+        """All deadlines, ascending: the heap's own, which change as queries come and go."""
+        return self._deadlines_s
 
     def push(self, query: Query) -> None:
         """Add a query."""
@@ -225,14 +229,3 @@ class DeadlineHeap:
     def oldest_age_s(self, now_s: float) -> float:
         """How long ago the query arrived that arrived first, 0 when none waits; looks at each."""
         return now_s - min((query.arrival_s for _, _, query in self._entries), default=now_s)
-
-    def deadlines_s(self) -> Sequence[float]:
-        """All deadlines, ascending."""
-        return self._deadlines_s[:]
-
-    def slowed_deadlines_s(self, now_s: float, factor: float) -> Sequence[float]:
-        """All deadlines, ascending, slack divided by the factor."""
-        slowed_s = np.frombuffer(self._deadlines_s) - now_s
-        slowed_s /= factor
-        slowed_s += now_s
-        return array("d", slowed_s.tobytes())

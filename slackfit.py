@@ -131,7 +131,8 @@ class SlackFit(Policy):
         answers = self._answers.get(lowest)
         if answers is None:
             answers = self._answers[lowest] = self._tabled(lowest)
-        given_up, count, slack_s = 0, len(queue), queue.head_deadline_s - now_s
+        given_up, count = 0, len(queue.deadlines_s)
+        slack_s = (queue.deadlines_s[0] - now_s) / queue.stretch
         if slack_s < answers.shortest_s:
             rest = drop_hopeless(now_s, queue, self._table.entries[lowest].latency_s)
             given_up, count, slack_s = rest.given_up, rest.count, rest.slack_s
@@ -344,7 +345,7 @@ class PaceFit:
 
     def decide(self, now_s: float, queue: QueueView, lowest: int = 0) -> Decision:
         """Early drop, then the best entry for what is left; the first at an accuracy floor also tables its hulls."""
-        cheapest, traffic, queue = self._table.entries[lowest], self._arrivals.traffic(now_s), _Once(queue)
+        cheapest, traffic = self._table.entries[lowest], self._arrivals.traffic(now_s)
         hulls = self._hulls.get(lowest)
         if hulls is None:
             hulls = self._hulls[lowest] = _hulls(self._table.entries[lowest:])
@@ -447,13 +448,13 @@ class _Plan(NamedTuple):
         given_up, count = self.rest.given_up, self.rest.count
         if count > batch_size + (self.most_batches - 1) * (len(latency_s) - 1):
             return inf
-        deadlines_s = self.queue.deadlines_s()
+        deadlines_s, stretch = self.queue.deadlines_s, self.queue.stretch
         busy_s, planned = latency_s[batch_size] / self.workers, batch_size
         overtakers = self.traffic.rate * busy_s / batch_size  # time that they take, by time to arrive
         for _ in range(self.most_batches):
             if planned == count:
                 return busy_s
-            slack_s = deadlines_s[given_up + planned] - self.now_s
+            slack_s = (deadlines_s[given_up + planned] - self.now_s) / stretch
             batch_size = largest_batch(latency_s, self.cap_s, count - planned)
             done_s = busy_s + latency_s[batch_size]
             # Who overtakes takes long to find out, and can only make it later.
@@ -465,24 +466,6 @@ class _Plan(NamedTuple):
             busy_s += latency_s[batch_size] / self.workers
             planned += batch_size
         return inf
-
-
-class _Once:
-    """A queue that is asked once at most for each thing."""
-
-    __slots__ = ("_count", "_deadlines_s", "_queue", "head_deadline_s")
-
-    def __init__(self, queue: QueueView) -> None:
-        self._queue, self._count, self.head_deadline_s = queue, len(queue), queue.head_deadline_s
-        self._deadlines_s: Sequence[float] | None = None
-
-    def __len__(self) -> int:
-        return self._count
-
-    def deadlines_s(self) -> Sequence[float]:
-        if self._deadlines_s is None:
-            self._deadlines_s = self._queue.deadlines_s()
-        return self._deadlines_s
 
 
 class _Overloads:

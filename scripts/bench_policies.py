@@ -37,7 +37,6 @@ sys.path.insert(0, str(HOUSE))
 
 import slackfit  # noqa: E402 the path is set above
 from config import Config  # noqa: E402
-from dispatcher import SlowedQueue  # noqa: E402
 from queries import DeadlineHeap, Query  # noqa: E402
 from scripts import replay  # noqa: E402
 from scripts.compare_policies import RIVALS, TABLES, Bench  # noqa: E402
@@ -128,7 +127,7 @@ def decisions(spec: str, setting: Setting) -> tuple[list[float], int]:
         collections = _collections()
         started_s = time.perf_counter()
         # As the dispatcher does it, which makes a view of the queue for each decision.
-        policy.decide(now_s, SlowedQueue(heap, now_s, stretch) if setting.margin else heap)
+        policy.decide(now_s, slackfit.QueueView(heap.deadlines_s, stretch))
         taken.append((time.perf_counter() - started_s) * 1e6)
         collected += _collections() > collections
     return taken[1:], collected
@@ -181,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for row in rows:
         where = f"{row['table']:<20} {row['policy']:<12} {row['state']:<9} {row['slos']:<6}"
         print(f"{where} p50 {row['p50_us']:7.1f} us  p99 {row['p99_us']:7.1f} us")
-    settings = {"waiting": options.waiting, "margin": options.margin}
+    settings = {"waiting": options.waiting, "margin": options.margin, "rounds": options.rounds}
     document = {"cores": os.cpu_count(), **replay.provenance(), **settings, "rows": rows}
     if options.json:
         write_text(options.json, json.dumps(document, indent=1) + "\n")

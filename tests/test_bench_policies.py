@@ -23,7 +23,7 @@ def test_each_setting_has_a_row_for_every_policy_and_one_for_the_control(tmp_pat
     path = tmp_path / "decisions.json"
     bench_policies.main(["--waiting", "70", "--rounds", "3", "--policies", "clearfit", "slackfit", "--json", str(path)])
     document = json.loads(path.read_text())
-    assert (document["waiting"], document["margin"]) == (70, 0.3)
+    assert (document["waiting"], document["margin"], document["rounds"]) == (70, 0.3, 3)
     settings = {(row["table"], row["state"], row["slos"]) for row in document["rows"]}
     assert len(settings) == 8
     for setting in settings:

@@ -88,7 +88,7 @@ def test_the_heap_agrees_with_a_sorted_list(operations: list[tuple[str, int]]) -
             assert heap.pop_first(value) == first
             assert not any(query.waiting for query in first)
         elif operation == "look":
-            assert list(heap.deadlines_s()) == [item[0] for item in model]
+            assert list(heap.deadlines_s) == [item[0] for item in model]
         assert len(heap) == len(model)
         assert heap.nbytes == sum(item[3].input.nbytes for item in model)
         if model:

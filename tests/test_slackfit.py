@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,7 @@ from slackfit import (
     Policy,
     PolicyError,
     ProfileTable,
+    QueueView,
     SlackFit,
     Traffic,
     drop_early,
@@ -33,27 +34,8 @@ from slackfit import (
 NOW_S = 1000.0
 
 
-@dataclass
-class Queue:
-    """Waiting queries, as a policy sees them; counts how often it asks for all of them."""
-
-    deadlines: Sequence[float]
-    asked: int = 0
-
-    def __len__(self) -> int:
-        return len(self.deadlines)
-
-    @property
-    def head_deadline_s(self) -> float:
-        return self.deadlines[0]
-
-    def deadlines_s(self) -> Sequence[float]:
-        self.asked += 1
-        return self.deadlines
-
-
-def queue_of(*slacks_ms: float) -> Queue:
-    return Queue(sorted(NOW_S + slack_ms / 1e3 for slack_ms in slacks_ms))
+def queue_of(*slacks_ms: float) -> QueueView:
+    return QueueView(sorted(NOW_S + slack_ms / 1e3 for slack_ms in slacks_ms))
 
 
 def test_importing_slackfit_imports_neither_torch_nor_aiohttp() -> None:
@@ -79,7 +61,7 @@ def tables(draw: st.DrawFn, crossing: bool = False) -> ProfileTable:
     return table_of(SIZES, *((0.5 + index / 10, row) for index, row in enumerate(rows)))
 
 
-def queues(most_ticks: int, spread_ticks: int, longest: int) -> st.SearchStrategy[Queue]:
+def queues(most_ticks: int, spread_ticks: int, longest: int) -> st.SearchStrategy[QueueView]:
     """Queues whose head has any slack up to most_ticks, the others up to spread_ticks more."""
     more = st.lists(st.integers(0, spread_ticks), max_size=longest - 1)
     slacks = st.builds(lambda head, more: [head, *(head + each for each in more)], st.integers(0, most_ticks), more)
@@ -93,12 +75,12 @@ SPECS = [
 policies = st.sampled_from(SPECS)
 
 
-def decide(policy: Policy, queue: Queue, lowest: int = 0, slo_ms: float = 40) -> Decision:
+def decide(policy: Policy, queue: QueueView, lowest: int = 0, slo_ms: float = 40) -> Decision:
     policy.arrived(NOW_S, slo_ms / 1e3)
     return policy.decide(NOW_S, queue, lowest)
 
 
-def slackfit_by_brute_force(table: ProfileTable, buckets: int, queue: Queue, lowest: int) -> Decision:
+def slackfit_by_brute_force(table: ProfileTable, buckets: int, queue: QueueView, lowest: int) -> Decision:
     """The definition, word for word."""
     every = [(entry.latency_s[size], entry, size) for entry in table.entries for size in table.batch_sizes]
     least_s, most_s = min(latency_s for latency_s, _, _ in every), max(latency_s for latency_s, _, _ in every)
@@ -108,8 +90,8 @@ def slackfit_by_brute_force(table: ProfileTable, buckets: int, queue: Queue, low
         return min(int((latency_s - least_s) / width_s), buckets - 1) if width_s else 0
 
     shortest_s = table.entries[lowest].latency_s[1]
-    alive = [deadline_s for deadline_s in queue.deadlines if deadline_s - NOW_S >= shortest_s]
-    given_up = len(queue) - len(alive)
+    alive = [deadline_s for deadline_s in queue.deadlines_s if deadline_s - NOW_S >= shortest_s]
+    given_up = len(queue.deadlines_s) - len(alive)
     if not alive:
         return Decision(given_up, None, 0)
     slack_s = alive[0] - NOW_S
@@ -121,7 +103,7 @@ def slackfit_by_brute_force(table: ProfileTable, buckets: int, queue: Queue, low
 
 
 @given(tables(crossing=True), any_queue, st.sampled_from([1, 2, 3, 16, 100]), st.data())
-def test_slackfit_matches_brute_force(table: ProfileTable, queue: Queue, buckets: int, data: st.DataObject) -> None:
+def test_slackfit_matches_brute_force(table: ProfileTable, queue: QueueView, buckets: int, data: st.DataObject) -> None:
     lowest = data.draw(st.integers(0, len(table.entries) - 1))
     assert SlackFit(table, buckets).decide(NOW_S, queue, lowest) == slackfit_by_brute_force(
         table, buckets, queue, lowest
@@ -130,16 +112,16 @@ def test_slackfit_matches_brute_force(table: ProfileTable, queue: Queue, buckets
 
 @given(tables(crossing=True), any_queue, policies, st.data())
 def test_a_decision_fits_the_slack_or_gives_up(
-    table: ProfileTable, queue: Queue, spec: str, data: st.DataObject
+    table: ProfileTable, queue: QueueView, spec: str, data: st.DataObject
 ) -> None:
     lowest = data.draw(st.integers(0, len(table.entries) - 1))
     decision = decide(make_policy(spec, table), queue, lowest)
     assert (decision.entry is None) == (decision.batch_size == 0)
-    assert 0 <= decision.give_up <= decision.give_up + decision.batch_size <= len(queue)
+    assert 0 <= decision.give_up <= decision.give_up + decision.batch_size <= len(queue.deadlines_s)
     assert decision.entry is not None or decision.give_up > 0
     if decision.entry is not None:
         assert decision.entry in table.entries[lowest:]
-        assert decision.entry.latency_s[decision.batch_size] <= queue.deadlines[decision.give_up] - NOW_S
+        assert decision.entry.latency_s[decision.batch_size] <= queue.deadlines_s[decision.give_up] - NOW_S
 
 
 @given(tables(), st.sampled_from(["slackfit", "slackfit:3", "halfslo", "cheapest"]), st.integers(8, 20))
@@ -154,22 +136,53 @@ def test_less_slack_never_means_a_slower_choice(table: ProfileTable, spec: str, 
 
 
 @given(tables(), any_queue, policies)
-def test_the_same_queue_gets_the_same_decision(table: ProfileTable, queue: Queue, spec: str) -> None:
+def test_the_same_queue_gets_the_same_decision(table: ProfileTable, queue: QueueView, spec: str) -> None:
     policy = make_policy(spec, table)
     assert decide(policy, queue) == policy.decide(NOW_S, queue)
 
 
 @given(tables(crossing=True), tables(crossing=True), any_queue, st.integers(0, 20), st.sampled_from(SPECS[:-1]))
 def test_a_policy_that_adopts_a_table_decides_as_one_made_for_it_that_saw_the_same(
-    old: ProfileTable, new: ProfileTable, queue: Queue, arrivals: int, spec: str
+    old: ProfileTable, new: ProfileTable, queue: QueueView, arrivals: int, spec: str
 ) -> None:
     policy, fresh = make_policy(spec, old), make_policy(spec, new)
     for each in (policy, fresh):
         for number in range(arrivals):
             each.arrived(NOW_S - 0.1 + number / 400, 0.01 + number / 1000)
-        each.decide(NOW_S, Queue([NOW_S - 1]))  # hopeless: an overload
+        each.decide(NOW_S, QueueView([NOW_S - 1]))  # hopeless: an overload
     assert policy.adopt(new)
     assert policy.decide(NOW_S, queue) == fresh.decide(NOW_S, queue)
+
+
+@given(tables(crossing=True), any_queue, policies, st.sampled_from([2, 4, 8]))
+def test_stretched_batches_are_decided_as_shorter_slack_ties_included(
+    table: ProfileTable, queue: QueueView, spec: str, stretch: int
+) -> None:
+    longer_s = [NOW_S + stretch * (deadline_s - NOW_S) for deadline_s in queue.deadlines_s]
+    stretched = decide(make_policy(spec, table), QueueView(longer_s, stretch))
+    assert stretched == decide(make_policy(spec, table), queue)
+
+
+@given(policies, st.sampled_from([1, 1, 2, 3, 8]), st.integers(0, 2**32), st.booleans())
+def test_long_queues_with_stretched_batches_are_decided_as_with_shorter_slack(
+    spec: str, workers: int, seed: int, crossing: bool
+) -> None:
+    rng = random.Random(seed)
+    table, stretch, slo_s, rate = (
+        random_table(rng, crossing),
+        rng.uniform(1, 4),
+        rng.uniform(0.005, 0.1),
+        rng.uniform(10, 1e4),
+    )
+    deadlines_s = sorted(NOW_S + slo_s * rng.uniform(-0.2, 4) for _ in range(round(10 ** rng.uniform(0, 3))))
+    shorter_s = [NOW_S + (deadline_s - NOW_S) / stretch for deadline_s in deadlines_s]
+    decisions = []
+    for queue in (QueueView(deadlines_s, stretch), QueueView(shorter_s)):
+        policy = make_policy(spec, table, workers)
+        for number in range(100):
+            policy.arrived(NOW_S - (100 - number) / rate, slo_s)
+        decisions.append(policy.decide(NOW_S, queue))
+    assert decisions[0] == decisions[1]
 
 
 def test_a_fixed_policy_keeps_its_table(table: ProfileTable) -> None:
@@ -219,33 +232,33 @@ affine_latencies = st.tuples(st.integers(0, 8), st.integers(1, 8)).map(
 
 @given(tight_queues, affine_latencies, st.integers(1, 64))
 def test_early_drop_gives_up_nothing_when_some_sequence_of_batches_serves_all(
-    queue: Queue, latency_s: list[float], slo: int
+    queue: QueueView, latency_s: list[float], slo: int
 ) -> None:
     rest = drop_early(NOW_S, queue, latency_s, traffic(slo_s=slo / 1024), workers=1)
-    if any(all_in_time(queue.deadlines, latency_s, batches) for batches in ways_to_split(len(queue), 5)):
+    if any(all_in_time(queue.deadlines_s, latency_s, batches) for batches in ways_to_split(len(queue.deadlines_s), 5)):
         assert rest.given_up == 0
 
 
 @given(tight_queues, affine_latencies, st.integers(1, 64))
 def test_early_drop_never_loses_more_than_dropping_at_the_deadline(
-    queue: Queue, latency_s: list[float], slo: int
+    queue: QueueView, latency_s: list[float], slo: int
 ) -> None:
     rest = drop_early(NOW_S, queue, latency_s, traffic(slo_s=slo / 1024), workers=1)
-    lost_late = lost_one_by_one(queue.deadlines, latency_s)
-    assert rest.given_up + lost_one_by_one(queue.deadlines[rest.given_up :], latency_s) <= lost_late
+    lost_late = lost_one_by_one(queue.deadlines_s, latency_s)
+    assert rest.given_up + lost_one_by_one(queue.deadlines_s[rest.given_up :], latency_s) <= lost_late
     assert drop_hopeless(NOW_S, queue, latency_s).given_up <= rest.given_up <= lost_late
-    assert rest.count == len(queue) - rest.given_up
+    assert rest.count == len(queue.deadlines_s) - rest.given_up
     if rest.count:
-        assert rest.slack_s == queue.deadlines[rest.given_up] - NOW_S >= latency_s[1]
+        assert rest.slack_s == queue.deadlines_s[rest.given_up] - NOW_S >= latency_s[1]
 
 
 def test_early_drop_saves_more_than_dropping_at_the_deadline(table: ProfileTable) -> None:
     # A head with 2 ms admits a batch of 1, the next head has less slack still, and so on.
     queue = queue_of(*(2.0 + 0.1 * number for number in range(200)))
     latency_s = table.fastest.latency_s
-    saved_late = len(queue) - lost_one_by_one(queue.deadlines, latency_s)
+    saved_late = len(queue.deadlines_s) - lost_one_by_one(queue.deadlines_s, latency_s)
     rest = drop_early(NOW_S, queue, latency_s, traffic(), workers=1)
-    saved_early = rest.count - lost_one_by_one(queue.deadlines[rest.given_up :], latency_s)
+    saved_early = rest.count - lost_one_by_one(queue.deadlines_s[rest.given_up :], latency_s)
     assert saved_early > 2 * saved_late
 
 
@@ -267,23 +280,7 @@ def test_more_workers_give_up_less(table: ProfileTable) -> None:
 # --------------------------------------------------------------------------------------------------------- the policies
 
 
-@pytest.mark.parametrize("spec", SPECS)
-def test_all_deadlines_are_asked_for_once_at_most(table: ProfileTable, spec: str) -> None:
-    policy = make_policy(spec, table)
-    for queue in (queue_of(*[36.0] * 200), queue_of(1.0, 5.0, *[36.0] * 64), queue_of(1.0, 1.0)):
-        decide(policy, queue)
-        assert queue.asked <= 1
-
-
-@pytest.mark.parametrize("spec", ["slackfit", "halfslo", "fixed:s1"])
-def test_all_deadlines_are_asked_for_only_in_overload(table: ProfileTable, spec: str) -> None:
-    quiet, overload = queue_of(*[36.0] * 64), queue_of(1.0, *[36.0] * 64)
-    decide(make_policy(spec, table), quiet)
-    decide(make_policy(spec, table), overload)
-    assert (quiet.asked, overload.asked) == (0, 1)
-
-
-def run(policy: Policy, queue: Queue, slo_ms: float = 36, lowest: int = 0) -> tuple[int, str, int]:
+def run(policy: Policy, queue: QueueView, slo_ms: float = 36, lowest: int = 0) -> tuple[int, str, int]:
     decision = decide(policy, queue, lowest, slo_ms)
     return decision.give_up, decision.entry.name if decision.entry else "", decision.batch_size
 
@@ -386,7 +383,7 @@ def pacefit(table: ProfileTable, rate: float, *, slo_ms: float = 36, workers: in
     return policy
 
 
-def chosen(policy: Policy, queue: Queue, lowest: int = 0) -> tuple[int, str, int]:
+def chosen(policy: Policy, queue: QueueView, lowest: int = 0) -> tuple[int, str, int]:
     decision = policy.decide(NOW_S, queue, lowest)
     return decision.give_up, decision.entry.name if decision.entry else "", decision.batch_size
 
@@ -406,7 +403,7 @@ def test_pacefit_with_more_workers_allows_more(table: ProfileTable) -> None:
 
 def test_pacefit_forgets_arrivals(table: ProfileTable) -> None:
     policy = pacefit(table, 2600)
-    later = Queue([NOW_S + 1.036])
+    later = QueueView([NOW_S + 1.036])
     entry = policy.decide(NOW_S + 1.0, later).entry
     assert entry is table.most_accurate
 
@@ -431,7 +428,7 @@ def test_pacefit_runs_what_fits_on_the_cheapest_when_no_plan_holds(table: Profil
 def test_pacefit_is_careful_for_some_time_after_an_overload(table: ProfileTable) -> None:
     policy = pacefit(table, 800)
     for second in (0.0, 0.5, 1.0, 1.5):
-        policy.decide(NOW_S - 2 + second, Queue([NOW_S - 2 + second]))
+        policy.decide(NOW_S - 2 + second, QueueView([NOW_S - 2 + second]))
     calm, careful = chosen(pacefit(table, 800), queue_of(*[36.0] * 8)), chosen(policy, queue_of(*[36.0] * 8))
     assert (calm, careful) == ((0, "s5", 8), (0, "s2", 8))
 
@@ -491,9 +488,9 @@ def test_pacefit_and_clearfit_decide_as_written_plainly(spec: str, workers: int,
             policy.arrived(*plain.arrivals[-1])
         spread_s, least_s = slos_s[0] * 10 ** rng.uniform(-1, 1), slos_s[0] * rng.uniform(-0.3, 1)
         queued = range(round(10 ** rng.uniform(0, 2.3)))
-        queue = Queue(sorted(now_s + least_s + rng.random() * spread_s for _ in queued))
+        queue = QueueView(sorted(now_s + least_s + rng.random() * spread_s for _ in queued))
         lowest = rng.randrange(len(table.entries))
-        assert policy.decide(now_s, queue, lowest) == plain.decide(now_s, queue.deadlines, lowest)
+        assert policy.decide(now_s, queue, lowest) == plain.decide(now_s, queue.deadlines_s, lowest)
 
 
 def random_table(rng: random.Random, crossing: bool) -> ProfileTable:
@@ -523,7 +520,7 @@ def test_pacefit_decides_as_the_reference_of_the_study(table: ProfileTable) -> N
             now_ms = 1e3 * (NOW_S - 0.4 * (count - number) / count)
             reference.arrive(now_ms, now_ms + 36)
         queue = queue_of(*(rng.uniform(12, 36) for _ in range(queued)))
-        give_up, index, batch_size = reference.decide(NOW_S * 1e3, [1e3 * each for each in queue.deadlines])
+        give_up, index, batch_size = reference.decide(NOW_S * 1e3, [1e3 * each for each in queue.deadlines_s])
         agreed += chosen(policy, queue) == (give_up, table.entries[index].name, batch_size)
     assert agreed >= 90
 
@@ -562,7 +559,7 @@ def test_a_decision_on_a_thousand_queries_takes_under_100_us(table: ProfileTable
     assert best_s[98] < 100e-6
 
 
-def seconds_to_decide(policy: Policy, queue: Queue) -> float:
+def seconds_to_decide(policy: Policy, queue: QueueView) -> float:
     start_s = time.perf_counter()
     decide(policy, queue)
     return time.perf_counter() - start_s

@@ -21,11 +21,10 @@ from serving import LARGE, LARGE_ACCURACY, PATIENT_MS, SMALL, Clock, config_of, 
 
 import slackfit
 import startup
-from dispatcher import SlowedQueue
 from engine import EngineError, Outputs
 from slackfit import Decision, Policy, ProfileError, ProfileTable, make_policy
 from supernet import SupernetError
-from superserve import Batch, DeadlineHeap, Dispatcher, Query, Reply, SuperServe
+from superserve import Batch, Dispatcher, Query, Reply, SuperServe
 from web.errors import BadRequest, BatchFailed, DeadlineExceeded, NotReady, QueueFull, ServeError, TooLarge
 from web.inputs import INLINE_BODY_BYTES
 
@@ -288,18 +287,6 @@ def test_the_margin_lengthens_every_latency(table: ProfileTable) -> None:
     dispatcher.submit(make_query(clock, 1.51 * fastest_ms))
     with pytest.raises(DeadlineExceeded):
         dispatcher.submit(make_query(clock, 1.49 * fastest_ms))
-
-
-@given(st.lists(st.floats(0, 10), min_size=1, max_size=20), st.floats(1, 20))
-def test_a_slowed_queue_shortens_slack_and_keeps_the_order(slos_s: list[float], factor: float) -> None:
-    clock = Clock(0)
-    heap = DeadlineHeap()
-    for slo_s in slos_s:
-        heap.push(make_query(clock, 1e3 * slo_s))
-    seen = SlowedQueue(heap, 0.0, factor)
-    assert seen.deadlines_s() == pytest.approx(sorted(slo_s / factor for slo_s in slos_s))
-    assert seen.head_deadline_s == seen.deadlines_s()[0]
-    assert len(seen) == len(slos_s)
 
 
 def test_expire_answers_exactly_the_queries_whose_deadline_has_passed(table: ProfileTable) -> None:
