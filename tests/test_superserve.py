@@ -730,6 +730,34 @@ async def test_queries_that_arrive_while_all_workers_run_form_the_next_batch(pro
 
 
 @pytest.mark.usefixtures("tidy")
+async def test_the_next_batch_starts_before_the_answers_to_the_last_are_given(
+    profile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve = SuperServe(config_of(profile))
+    engine = fake_engine(serve)
+    order: list[str] = []
+    running: list[asyncio.Future[Outputs]] = []
+
+    def run(*_: object) -> asyncio.Future[Outputs]:
+        order.append("started")
+        running.append(asyncio.get_running_loop().create_future())
+        return running[-1]
+
+    monkeypatch.setattr(engine, "run", run)
+    async with serve:
+        queries = [asyncio.create_task(serve.infer(INPUTS["pixels"]))]
+        await turns()
+        queries.append(asyncio.create_task(serve.infer(INPUTS["pixels"])))
+        await turns()
+        queries[0].add_done_callback(lambda _: order.append("answered"))
+        running[0].set_result(serving.outputs_for(1, serve.clock()))
+        await queries[0]
+        assert order == ["started", "started", "answered"]
+        running[1].set_result(serving.outputs_for(1, serve.clock()))
+        await queries[1]
+
+
+@pytest.mark.usefixtures("tidy")
 async def test_a_batch_that_fails_takes_no_other_with_it(profile: Path) -> None:
     serve = SuperServe(config_of(profile))
     engine = fake_engine(serve, failure=RuntimeError("the device is on fire, with a secret"))
