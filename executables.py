@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from programs import CannotWriteError, lines_of, program_of
+from programs import CannotWriteError, available, lines_of, program_of
 from steps import Call, Convolution, Convolve, ConvolveAndAdd, ConvolveNarrowly, Larder, Multiply, Norm, Step
 from supernet import ActuatedSubnet, SubnetNorm, WeightSlice
 
@@ -112,8 +112,8 @@ def _steps(graph: fx.Graph) -> Iterable[Step]:
 
 def can_fuse() -> bool:
     """Whether this torch has the kernels."""
-    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return available and hasattr(torch.ops.mkldnn, "_convolution_pointwise_")
+    built_in: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return built_in and hasattr(torch.ops.mkldnn, "_convolution_pointwise_") and available()
 
 
 class _Tracer(fx.Tracer):
@@ -148,7 +148,7 @@ def trace(actuated: ActuatedSubnet) -> Executable:
     no oneDNN.
     """
     if not can_fuse():
-        raise CannotFuseError("this torch was built without oneDNN")
+        raise CannotFuseError("this torch has no oneDNN, or no TorchScript")
     try:
         with _tracing, actuated.active():
             graph = _Tracer().trace(actuated.network)

@@ -98,6 +98,16 @@ def program_of(inputs: int, write: Callable[[Sequence[str], Hold], Iterable[str]
     return Program(function, [each.detach() for each in weights])
 
 
+@functools.cache
+def available() -> bool:
+    """Whether this torch takes programs: TorchScript is on its way out, and some of what is used of it is private."""
+    try:
+        one = program_of(1, lambda names, _: [f"return {names[0]} + 1"])
+        return one(torch.zeros(1)).item() == 1
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+
+
 @functools.lru_cache(256)
 def _compiled(text: str) -> Callable[..., Tensor]:
     """The function ``run`` of a text; takes some milliseconds and 0.3 MB."""

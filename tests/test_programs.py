@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+import programs
 from programs import CannotWriteError, Hold, Program, lines_of, literal, program_of
 
 
@@ -109,3 +110,10 @@ def test_a_graph_of_weights_operators_functions_and_methods_is_a_program() -> No
 def test_a_graph_that_calls_modules_cannot_be_written() -> None:
     with pytest.raises(CannotWriteError, match="call_module"):
         program_of_network(Net(nn.GELU()))
+
+
+def test_a_torch_without_programs_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert programs.available()
+    monkeypatch.delattr(torch._C, "_jit_pass_inline")
+    programs._compiled.cache_clear()
+    assert not programs.available.__wrapped__()
