@@ -226,6 +226,10 @@ def seeds() -> dict[str, bytes]:
         file = io.BytesIO()
         Image.fromarray(np.tile(pixels, (2, 2, 1))).save(file, kind)
         bodies[kind] = file.getvalue()
+    for name, progressive in (("JPEG-plain", False), ("JPEG-progressive", True)):  # of the network's size
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "JPEG", progressive=progressive)
+        bodies[name] = file.getvalue()
     as_json = {"pixels": json.dumps({"inputs": pixels.tolist()}), "planes": json.dumps({"inputs": planes.tolist()})}
     found = {f"predict-{name}": b"\0\0" + body for name, body in bodies.items()}
     found |= {f"predict-json-{name}": b"\0\2" + text.encode() for name, text in as_json.items()}
