@@ -29,6 +29,14 @@ from supernet import ActuatedSubnet, SubnetNorm, WeightSlice
 
 _ADDITIONS = (operator.add, torch.add)  # torch.fx writes += as +
 _RELUS = (F.relu, torch.relu, torch.relu_)
+# Modules that are a function of their input, which some may overwrite.
+_ACTIVATIONS: Mapping[type[nn.Module], str] = {
+    nn.ReLU: "torch.relu", nn.ReLU6: "torch._C._nn.relu6", nn.Hardswish: "torch._C._nn.hardswish",
+    nn.Hardsigmoid: "torch._C._nn.hardsigmoid", nn.SiLU: "torch._C._nn.silu", nn.Sigmoid: "torch.sigmoid",
+}  # fmt: skip
+# Programs take some 30 kB a node, in part for each size of batch: those of deep networks are for the few that are held.
+DEEP = 64
+_NUMBERS = ("size", "dim", "numel", "ndimension", "item")  # methods that give no tensor
 
 
 class CannotFuseError(RuntimeError):
@@ -64,7 +72,9 @@ class Executable:
         return run
 
     def _program(self, many: bool) -> Callable[[Tensor], Tensor]:
-        """All of it as one program; step by step where not all of it can be written."""
+        """All of it as one program; step by step where not all of it can be written, or it is deep and not packed."""
+        if len(self._network.graph.nodes) > DEEP and not self.packs:
+            return self._stepwise(many)
 
         def target(node: fx.Node) -> Any:
             if node.op == "get_attr":
@@ -74,9 +84,12 @@ class Executable:
         try:
             return program_of(1, lambda names, hold: lines_of(self._network.graph, names, hold, many, target))
         except (CannotWriteError, RuntimeError):
-            return self._stepwise()
+            return self._stepwise(many)
 
-    def _stepwise(self) -> Callable[[Tensor], Tensor]:
+    def _stepwise(self, many: bool) -> Callable[[Tensor], Tensor]:
+        for node in self._network.graph.nodes:
+            if isinstance(node.target, Step):
+                self._steps[node.target].write(len(node.args), many)
         forward = cast(MethodType, self._network.forward).__func__
         names = {
             name: self._steps.get(each, each) if isinstance(each, Step) else each
@@ -228,6 +241,8 @@ class _Rewriting:
         if any(map(self._writes, _between(node, addition))):
             return None, None  # computed later, the convolution could read what was overwritten meanwhile
         (other,) = (each for each in addition.all_input_nodes if each is not node)
+        if other.op == "call_method" and other.target in _NUMBERS:
+            return None, None
         if other in self._layers and self._layers[node].pointwise:
             return None, None  # of a shortcut and the branch beside it, the larger convolution does it
         return addition, other
@@ -247,8 +262,9 @@ class _Rewriting:
     def _call_functions(self) -> None:
         for node in self._graph.nodes:
             step = _call_of(self._module(node), self._actuated)
-            if step is not None and len(node.args) == 1:
+            if step is not None and len(node.args) == 1 and (not self._writes(node) or _is_alone(node)):
                 self._replace(node, step, node.args, node)
+                self._graph.erase_node(node)
 
     def _overwrite(self) -> None:
         """Additions take the memory of what nothing else needs afterwards; last, when every step has its place."""
@@ -288,8 +304,12 @@ def _call_of(module: nn.Module | None, actuated: ActuatedSubnet) -> Call | None:
         case nn.AvgPool2d(divisor_override=None) as pool:
             form = pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode, pool.count_include_pad
             return Call("avg_pool", "torch._C._nn.avg_pool2d", *form)
+        case nn.AdaptiveAvgPool2d() as pool:
+            return Call("adaptive_avg_pool", "torch._C._nn.adaptive_avg_pool2d", pool.output_size)
         case nn.Linear() as layer:
             return Call("linear", "torch._C._nn.linear", layer.weight, layer.bias)
+        case nn.Module() if type(module) in _ACTIVATIONS:
+            return Call("activation", _ACTIVATIONS[type(module)])
         case WeightSlice() as layer:
             weight, bias, form = actuated.settings[layer.slot]
             if form is None:
@@ -299,6 +319,12 @@ def _call_of(module: nn.Module | None, actuated: ActuatedSubnet) -> Call | None:
             mean, var, weight, bias, _ = actuated.settings[norm.slot]
             return Call("norm", "torch.batch_norm", weight, bias, mean, var, False, 0.0, norm.eps, False)
     return None
+
+
+def _is_alone(node: fx.Node) -> bool:
+    """Whether nothing else reads what this node reads, and may overwrite: the result of a step, which is no view."""
+    (source,) = node.all_input_nodes
+    return isinstance(source.target, Step) and len(source.users) == 1
 
 
 def _only_user(node: fx.Node, fits: Callable[[fx.Node], bool]) -> fx.Node | None:
@@ -382,8 +408,16 @@ class ExecutableCache:
         return tuple(self._packed)
 
     def fill(self, step: Callable[[], object] = lambda: None) -> None:
-        """Hold subnets in the order in which they were added, as far as the budget goes; ``step`` after each."""
+        """Hold subnets in the order in which they were added, as far as the budget goes; ``step`` after each.
+
+        Those left out are written now, too: that keeps the interpreter, which batches in service would wait for.
+        """
         self._hold(self._order, step)
+        for name in self._order:
+            shared = self._shared[name]
+            if name not in self._packed and isinstance(shared, Executable):
+                shared.write(many=False)
+                shared.write(many=True)
 
     def drop(self) -> None:
         """Hold nothing, and nothing ever again: memory has run out."""

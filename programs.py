@@ -15,20 +15,27 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 Hold = Callable[[Tensor], str]  # takes a weight to be given with each call; what stands for it in the text
 
 _WEIGHTS = "weights"
 _OPERATORS = {operator.add: "+", operator.sub: "-", operator.mul: "*", operator.truediv: "/"}
+# What torch has in Python, around functions of its own.
+_FUNCTIONS: Mapping[Any, str] = {
+    F.relu: "torch.relu", F.hardswish: "torch._C._nn.hardswish", F.hardsigmoid: "torch._C._nn.hardsigmoid",
+    F.silu: "torch._C._nn.silu", F.adaptive_avg_pool2d: "torch._C._nn.adaptive_avg_pool2d",
+}  # fmt: skip
 # What is written in several places; inlined where it is called.
 _HELPERS = """
 def added(outputs: Tensor, residual: Tensor) -> Tensor:
-    return outputs.add_(residual) if outputs.size() == residual.size() else outputs + residual
+    alike = outputs.size() == residual.size() and outputs.dtype == residual.dtype
+    return outputs.add_(residual) if alike else outputs + residual
 
 def fits(residual: Tensor, x: Tensor, bias: Tensor, reach: List[int], stride: List[int]) -> bool:
     rows, columns = (x.size(2) - reach[0]) // stride[0] + 1, (x.size(3) - reach[1]) // stride[1] + 1
-    return residual.size() == [x.size(0), bias.size(0), rows, columns]
+    return residual.size() == [x.size(0), bias.size(0), rows, columns] and residual.dtype == x.dtype
 
 def parted(pairs: Tensor, channels: int) -> Tensor:
     pixels = pairs.permute([0, 2, 3, 1])
@@ -77,10 +84,11 @@ def literal(value: Any) -> str:
     raise CannotWriteError(f"a constant of type {type(value).__name__}")
 
 
-def program_of(inputs: int, write: Callable[[Sequence[str], Hold], Iterable[str]]) -> Program:
+def program_of(inputs: int, write: Callable[[Sequence[str], Hold], Iterable[str]], keep: bool = False) -> Program:
     """What ``write`` writes, given the names of so many inputs: lines, the last of which returns a tensor.
 
-    Raises CannotWriteError where it cannot be written, and RuntimeError where torch does not take it.
+    ``keep``: for others that are written in the same way. Raises CannotWriteError where it cannot be written, and
+    RuntimeError where torch does not take it.
     """
     weights: list[Tensor] = []
 
@@ -94,7 +102,7 @@ def program_of(inputs: int, write: Callable[[Sequence[str], Hold], Iterable[str]
     names = [f"x{number}" for number in range(inputs)]
     lines = "\n".join(f"    {line}" for line in write(names, hold))
     parameters = ", ".join([*(f"{name}: Tensor" for name in names), f"{_WEIGHTS}: List[Tensor]"])
-    function = _compiled(f"{_HELPERS}\ndef run({parameters}) -> Tensor:\n{lines}\n")
+    function = (_kept if keep else _compiled)(f"{_HELPERS}\ndef run({parameters}) -> Tensor:\n{lines}\n")
     return Program(function, [each.detach() for each in weights])
 
 
@@ -108,13 +116,15 @@ def available() -> bool:
         return False
 
 
-@functools.lru_cache(256)
 def _compiled(text: str) -> Callable[..., Tensor]:
-    """The function ``run`` of a text; takes some milliseconds and 0.3 MB."""
+    """The function ``run`` of a text; keeps the interpreter for a tenth of a millisecond a line."""
     function = torch.jit.CompilationUnit(text).run
     torch._C._jit_pass_inline(function.graph)
     torch._C._jit_pass_constant_propagation(function.graph)  # of lists, which were made anew with each call
     return cast("Callable[..., Tensor]", function)
+
+
+_kept = functools.lru_cache(512)(_compiled)
 
 
 def lines_of(
@@ -147,6 +157,8 @@ def _expression(node: fx.Node, called: Any, names: Mapping[fx.Node, str], hold: 
         return f"{arguments[0]}.{called}({', '.join(arguments[1:])})"
     if node.op == "call_function" and called in _OPERATORS and len(arguments) == 2:
         return f" {_OPERATORS[called]} ".join(arguments)
+    if node.op == "call_function" and called in _FUNCTIONS and not any(node.kwargs.values()):  # in place, for example
+        return f"{_FUNCTIONS[called]}({', '.join(arguments[: len(node.args)])})"
     name = getattr(called, "__name__", "")
     for where, prefix in ((torch, "torch"), (torch._C._nn, "torch._C._nn")):
         if node.op == "call_function" and name and getattr(where, name, None) is called:

@@ -63,6 +63,15 @@ class Convolution:
         return ones and self.padding == (0, 0) and self.groups == 1
 
     @property
+    def suits_kernels(self) -> bool:
+        """Whether oneDNN's kernels compute it right, with packed weights, too.
+
+        They do not for one input channel and a stride across that is larger than the one down: where the result is one
+        column wide, they give nonsense.
+        """
+        return self.weight.shape[1] > 1 or self.stride[1] <= self.stride[0]
+
+    @property
     def form(self) -> tuple[Any, ...]:
         """Padding, stride, dilation and groups, in the order of the kernels."""
         return self.padding, self.stride, self.dilation, self.groups
@@ -139,11 +148,14 @@ class Step:
     def __call__(self, *arguments: Tensor) -> Tensor:
         """Its result; for networks that are no program as a whole."""
         many = arguments[0].shape[0] > 1
-        program = self._programs.get(many)
-        if program is None:
-            program = program_of(len(arguments), lambda names, hold: [f"return {self.written(names, hold, many)}"])
-            self._programs[many] = program
+        program = self._programs.get(many) or self.write(len(arguments), many)
         return program(*arguments)
+
+    def write(self, inputs: int, many: bool) -> Program:
+        """Get ready to be called with so many tensors, for batches of one or of ``many``."""
+        program = program_of(inputs, lambda names, hold: [f"return {self.written(names, hold, many)}"], keep=True)
+        self._programs[many] = program
+        return program
 
 
 class Call(Step):
@@ -167,7 +179,8 @@ class Convolve(Step):
         super().__init__("convolution")
         self._layer, self._activation, self.slice = layer, activation, layer.slice
         self._bias = torch.zeros(layer.weight.shape[0]) if layer.bias is None else layer.bias
-        self.packed_nbytes = _packed_nbytes(tuple(layer.weight.shape), *layer.form)
+        if layer.suits_kernels:
+            self.packed_nbytes = _packed_nbytes(tuple(layer.weight.shape), *layer.form)
         self._scale = layer.scale  # that is still to be applied
         self._pack: Pack | None = None
 
@@ -176,6 +189,8 @@ class Convolve(Step):
         return self._fused(x, hold) if self._fuses(many) else self._apart(x, None, hold)
 
     def packed(self, larder: Larder) -> Convolve:  # noqa: D102
+        if not self._layer.suits_kernels:
+            return self
         step = self.__class__(self._layer, self._activation)
         if larder.shares(self):
             step._pack = larder.pack(self._layer, self.packed_nbytes)
@@ -187,7 +202,7 @@ class Convolve(Step):
 
     def _fuses(self, many: bool) -> bool:
         """Not for one image: folding and reordering, or telling oneDNN of more to do, costs more than it saves then."""
-        return many and (self._pack is None or self._scale is None)
+        return many and self._layer.suits_kernels and (self._pack is None or self._scale is None)
 
     def _fused(self, x: str, hold: Hold) -> str:
         return _convolved(x, self._weight(hold), hold(self._bias), self._layer.form, self._activation)
@@ -229,8 +244,8 @@ class ConvolveNarrowly(Convolve):
 
     @staticmethod
     def suits(layer: Convolution) -> bool:
-        """Whether it is one of these, on this processor."""
-        moves_by_one = layer.stride == layer.dilation == (1, 1) and layer.groups == 1
+        """Whether it is one of these, on this processor; with one input channel, pairs would not suit the kernels."""
+        moves_by_one = layer.stride == layer.dilation == (1, 1) and layer.groups == 1 and layer.weight.shape[1] > 1
         return moves_by_one and 2 * layer.weight.shape[0] <= _LANES.get(torch.backends.cpu.get_cpu_capability(), 0)
 
     def packed(self, larder: Larder) -> Convolve:  # noqa: D102
@@ -263,7 +278,7 @@ class ConvolveAndAdd(Convolve):
         self._overwrites = True
 
     def packed(self, larder: Larder) -> Convolve:  # noqa: D102
-        step = cast(ConvolveAndAdd, super().packed(larder))
+        step = cast(ConvolveAndAdd, super().packed(larder))  # or itself
         step._overwrites = self._overwrites
         return step
 

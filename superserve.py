@@ -459,6 +459,8 @@ class SuperServe:
         """Settle one batch, and start the next before the answers are written; only its own queries may fail."""
         self._batches.discard(done)
         try:
+            if done.cancelled():  # which is no Exception
+                raise EngineError("its computation was cancelled")
             dispatcher.settle(batch, done.result())
         except Exception as error:  # noqa: BLE001 the one broad except: it guards one batch
             log_event("batch failed", logging.ERROR, error, subnet=batch.entry.name, batch_size=len(batch.queries))

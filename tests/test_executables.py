@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fixtures_supernet import INPUT, SPACE, STAGES, images, randomise, tiny_servable
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -25,7 +25,7 @@ from config import Config, ConfigError
 from engine import CHUNK, Engine
 from executables import CannotFuseError, Executable, ExecutableCache, trace
 from programs import Program
-from steps import Convolution, ConvolveNarrowly, Larder, Step
+from steps import Convolution, Convolve, ConvolveNarrowly, Larder, Step
 from supernet import ActuatedSubnet, Subnet, SubnetSpace, Supernet
 
 BATCHES = (1, 2, 5, 17)
@@ -77,7 +77,7 @@ class Block(nn.Module):
         self.point1, self.point2 = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1, bias=False)
         self.norm1, self.norm2 = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
         self.relu, self.pool = nn.ReLU(inplace=True), nn.MaxPool2d(3, 1, 1)
-        self.same = nn.Conv2d(8, 8, 3, padding="same")
+        self.same, self.swish = nn.Conv2d(8, 8, 3, padding="same"), nn.Hardswish(inplace=True)
         self.scale = nn.Parameter(torch.linspace(-1, 1, 8).view(1, 8, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -191,6 +191,10 @@ FORMS: dict[str, Callable[[Block, Tensor], Tensor]] = {
     "mean of pixels": lambda b, x: b.conv1(x) + x.mean((2, 3))[..., None, None],
     "mean of pixels by a function": lambda b, x: b.conv1(x) + torch.mean(b.conv2(x), (2, 3))[..., None, None],
     "mean of two of five dimensions": lambda b, x: b.conv1(x) + x.unsqueeze(2).mean((2, 3)).unsqueeze(2),
+    "other activations": lambda b, x: F.hardswish(b.conv1(x)) * F.hardsigmoid(x) + F.silu(b.norm1(b.conv2(x))),
+    "modules of other activations": lambda b, x: b.swish(b.norm1(b.conv1(x))) + b.swish(b.conv2(x)),
+    "a number that is added": lambda b, x: F.relu(b.norm1(b.conv1(x)) + x.size(2)),
+    "residual of another type": lambda b, x: F.relu(b.norm1(b.conv1(x)) + (x > 0)),
     "nothing to fuse": lambda b, x: torch.tanh(b.conv1(F.gelu(b.conv2(x)))),
 }  # fmt: skip
 
@@ -376,31 +380,57 @@ def test_nbytes_is_what_is_held(supernet: Supernet, name: str) -> None:
 
 @given(
     outputs=st.integers(1, 8),
+    inputs=st.integers(1, 3),
     kernel=st.sampled_from([(1, 1), (3, 3), (2, 4), (1, 5)]),
     padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
-    columns=st.integers(5, 9),
+    columns=st.integers(2, 9),
     relu=st.booleans(),
 )
 def test_narrow_convolutions_are_those_of_torch_for_any_number_of_columns(
-    outputs: int, kernel: tuple[int, int], padding: tuple[int, int], columns: int, relu: bool
+    outputs: int, inputs: int, kernel: tuple[int, int], padding: tuple[int, int], columns: int, relu: bool
 ) -> None:
+    assume(columns + 2 * padding[1] >= kernel[1])
     generator = torch.Generator().manual_seed(outputs)
-    weight, bias = torch.randn(outputs, 3, *kernel, generator=generator), torch.randn(outputs, generator=generator)
+    weight, bias = torch.randn(outputs, inputs, *kernel, generator=generator), torch.randn(outputs, generator=generator)
     layer = Convolution(weight, bias, (1, 1), padding, (1, 1), 1, torch.linspace(-1, 2, outputs).view(-1, 1, 1, 1))
-    step = ConvolveNarrowly(layer, "relu" if relu else "none")
+    step = (ConvolveNarrowly if ConvolveNarrowly.suits(layer) else Convolve)(layer, "relu" if relu else "none")
     for count in (1, 3):
-        x = torch.randn(count, 3, 6, columns, generator=generator).contiguous(memory_format=torch.channels_last)
+        x = torch.randn(count, inputs, 6, columns, generator=generator).contiguous(memory_format=torch.channels_last)
         expected = torch.conv2d(x, layer.folded(), bias, padding=padding)
         for each in (step, step.packed(Larder())):
             given = each(x)
-            assert given.is_contiguous(memory_format=torch.channels_last) or 1 in given.shape
+            assert given.is_contiguous(memory_format=torch.channels_last) or 1 in {inputs, *given.shape}
             torch.testing.assert_close(given, expected.relu() if relu else expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stride", [(1, 2), (1, 3), (2, 2), (2, 1)])
+def test_convolutions_of_one_channel_are_right_where_the_kernels_are_not(stride: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(16, 1, 3, 3, generator=generator)
+    layer = Convolution(weight, torch.zeros(16), stride, (1, 0), (1, 1), 1, torch.ones(16, 1, 1, 1))
+    step = Convolve(layer, "relu")
+    for columns in (3, 4, 5):
+        x = torch.randn(2, 1, 16, columns, generator=generator).contiguous(memory_format=torch.channels_last)
+        expected = torch.conv2d(x, weight, None, stride, (1, 0)).relu()
+        for each in (step, step.packed(Larder())):
+            torch.testing.assert_close(each(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_network_of_known_parts_is_one_program_and_others_go_step_by_step() -> None:
     assert isinstance(trace(resnet().actuate(SPACE.largest)).write(many=True), Program)
+    swishing = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(4), nn.Hardswish(inplace=True))
+    assert isinstance(trace(actuated(lambda b, x: F.hardswish(b.conv1(x)) * x, swishing)).write(many=True), Program)
     stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(4), nn.GELU())
     assert not isinstance(trace(actuated(FORMS["residual"], stem)).write(many=True), Program)
+
+
+def test_of_deep_networks_only_those_that_are_packed_are_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("executables.DEEP", 10)
+    subnet = resnet().actuate(SPACE.largest)
+    shared = trace(subnet)
+    assert not isinstance(shared.write(many=True), Program)
+    assert isinstance(shared.packed().write(many=True), Program)
+    assert_executable(subnet)
 
 
 # ------------------------------------------------------------------------------------------------------- shared slices
