@@ -2,10 +2,10 @@
 
 ``trace`` follows an actuated subnet once with torch.fx and returns an ``Executable`` that gives the same outputs: batch
 norm folded into the convolution before it, activation and residual addition done by oneDNN while it has the result in
-cache, 1x1 convolutions as matrix products, and no module, context variable or look-up on the way. It computes from the
-shared weights, folding each slice as it goes; ``Executable.packed`` gives one that holds its own folded weights in the
-layout that the kernels read: as fast as a model on its own, and as large. ``ExecutableCache`` decides which subnets are
-held packed within a budget of memory.
+cache, 1x1 convolutions as matrix products (steps.py), and all of it in one call where it can be written (programs.py).
+It computes from the supernet's weights, folding each slice as it goes; ``Executable.packed`` gives one with weights in
+the layout that the kernels read: as fast as a model on its own. ``ExecutableCache`` decides which subnets are held
+packed within a budget of memory; large slices that several of them use are held once.
 
 The rewriting goes by type of operation and knows no architecture; what it does not recognise stays as it was.
 """
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from programs import CannotWriteError, available, lines_of, program_of
+from programs import NAMES, CannotWriteError, available, lines_of, program_of
 from steps import Call, Convolution, Convolve, ConvolveAndAdd, ConvolveNarrowly, Larder, Multiply, Norm, Step
 from supernet import ActuatedSubnet, SubnetNorm, WeightSlice
 
@@ -31,8 +31,8 @@ _ADDITIONS = (operator.add, torch.add)  # torch.fx writes += as +
 _RELUS = (F.relu, torch.relu, torch.relu_)
 # Modules that are a function of their input, which some may overwrite.
 _ACTIVATIONS: Mapping[type[nn.Module], str] = {
-    nn.ReLU: "torch.relu", nn.ReLU6: "torch._C._nn.relu6", nn.Hardswish: "torch._C._nn.hardswish",
-    nn.Hardsigmoid: "torch._C._nn.hardsigmoid", nn.SiLU: "torch._C._nn.silu", nn.Sigmoid: "torch.sigmoid",
+    nn.ReLU: NAMES[F.relu], nn.Hardswish: NAMES[F.hardswish], nn.Hardsigmoid: NAMES[F.hardsigmoid],
+    nn.SiLU: NAMES[F.silu], nn.ReLU6: "torch._C._nn.relu6", nn.Sigmoid: "torch.sigmoid",
 }  # fmt: skip
 # Programs take some 30 kB a node, in part for each size of batch: those of deep networks are for the few that are held.
 DEEP = 64
@@ -305,7 +305,7 @@ def _call_of(module: nn.Module | None, actuated: ActuatedSubnet) -> Call | None:
             form = pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode, pool.count_include_pad
             return Call("avg_pool", "torch._C._nn.avg_pool2d", *form)
         case nn.AdaptiveAvgPool2d() as pool:
-            return Call("adaptive_avg_pool", "torch._C._nn.adaptive_avg_pool2d", pool.output_size)
+            return Call("adaptive_avg_pool", NAMES[F.adaptive_avg_pool2d], pool.output_size)
         case nn.Linear() as layer:
             return Call("linear", "torch._C._nn.linear", layer.weight, layer.bias)
         case nn.Module() if type(module) in _ACTIVATIONS:

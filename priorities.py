@@ -1,7 +1,8 @@
 """How the threads of this process share its processors and the interpreter; measured in docs/LOG.md.
 
-A batch on a CPU is a hundred short calls, each of which releases the interpreter and wants it back. What the event loop
-keeps it for meanwhile, times a hundred, decides how long a batch takes where requests are many. Knows nothing else.
+A batch on a CPU wants the interpreter before and after each of its parts, and one that is no program (programs.py)
+around each of a hundred short calls. What the event loop keeps it for meanwhile, so many times, decides how long it
+takes where requests are many. Knows nothing else.
 """
 
 from __future__ import annotations

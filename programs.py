@@ -2,7 +2,7 @@
 
 Called from Python, a network is a hundred short calls, each of which costs some microseconds of Python and lets go of
 the interpreter and wants it back, while the event loop keeps it. A program is one call. Its text names no weights: they
-are given to it with each call, so that subnets of one form share a program, and what is held goes when it is let go.
+are given to it with each call, so that what is held goes when it is let go, and steps of one form share their text.
 
 ``lines_of`` writes a graph of torch.fx whose functions are writable (steps.py) or torch's own; ``program_of`` compiles.
 """
@@ -22,8 +22,8 @@ Hold = Callable[[Tensor], str]  # takes a weight to be given with each call; wha
 
 _WEIGHTS = "weights"
 _OPERATORS = {operator.add: "+", operator.sub: "-", operator.mul: "*", operator.truediv: "/"}
-# What torch has in Python, around functions of its own.
-_FUNCTIONS: Mapping[Any, str] = {
+# What torch has in Python, by the functions of its own around which it stands.
+NAMES: Mapping[Any, str] = {
     F.relu: "torch.relu", F.hardswish: "torch._C._nn.hardswish", F.hardsigmoid: "torch._C._nn.hardsigmoid",
     F.silu: "torch._C._nn.silu", F.adaptive_avg_pool2d: "torch._C._nn.adaptive_avg_pool2d",
 }  # fmt: skip
@@ -157,8 +157,8 @@ def _expression(node: fx.Node, called: Any, names: Mapping[fx.Node, str], hold: 
         return f"{arguments[0]}.{called}({', '.join(arguments[1:])})"
     if node.op == "call_function" and called in _OPERATORS and len(arguments) == 2:
         return f" {_OPERATORS[called]} ".join(arguments)
-    if node.op == "call_function" and called in _FUNCTIONS and not any(node.kwargs.values()):  # in place, for example
-        return f"{_FUNCTIONS[called]}({', '.join(arguments[: len(node.args)])})"
+    if node.op == "call_function" and called in NAMES and not any(node.kwargs.values()):  # in place, for example
+        return f"{NAMES[called]}({', '.join(arguments[: len(node.args)])})"
     name = getattr(called, "__name__", "")
     for where, prefix in ((torch, "torch"), (torch._C._nn, "torch._C._nn")):
         if node.op == "call_function" and name and getattr(where, name, None) is called:

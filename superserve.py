@@ -438,7 +438,6 @@ class SuperServe:
 
     def _run(self, batch: Batch, dispatcher: Dispatcher) -> None:
         limit_s = max(self.config.hang_timeout_s, HANG_FACTOR * dispatcher.planned_s(batch))
-        # Submitted here and not in the task, which would begin only after what else this turn of the loop holds.
         inputs = [query.input for query in batch.queries]
         running = asyncio.ensure_future(self.engine.run(batch.entry.name, inputs, limit_s))
         self._batches.add(running)

@@ -284,7 +284,7 @@ def decode_image(body: bytes, shape: ImageShape, budget: PixelBudget) -> NDArray
         pixels = jpegs.decoded(body, *form)
         if pixels is not None:
             return pixels
-        budget.left += shape.width * shape.height
+        budget.left += shape.width * shape.height  # spent again below, if Pillow gets as far
     try:
         with Image.open(io.BytesIO(body), formats=IMAGE_FORMATS) as image:
             budget.spend(image.width, image.height)
