@@ -450,7 +450,7 @@ def cache_of_slices(supernet: Supernet, budget: float, names: Iterable[str]) -> 
 
 
 WIDE = {"widths": (16, 32, 32)}  # of which not all are too narrow to be shared
-LIKE_NAMES = [SPACE.largest.name, "d1-2-1-e1", SPACE.smallest.name]
+SHARING = [SPACE.largest.name, "d1-2-1-e1", SPACE.smallest.name]
 
 
 @pytest.mark.usefixtures("everything_is_shared")
@@ -458,11 +458,11 @@ def test_subnets_that_share_slices_give_the_outputs_of_the_actuated_subnets() ->
     supernet = resnet(**WIDE)
     for subnet in (SPACE.largest, SPACE.smallest):
         supernet.calibrate(subnet, [images(16, seed=9)])
-    cache = cache_of_slices(supernet, math.inf, LIKE_NAMES)
+    cache = cache_of_slices(supernet, math.inf, SHARING)
     cache.fill()
-    alone = [trace(supernet.actuate(Subnet.parse(name))).packed() for name in LIKE_NAMES]
+    alone = [trace(supernet.actuate(Subnet.parse(name))).packed() for name in SHARING]
     assert cache.nbytes < 0.8 * sum(each.nbytes for each in alone)
-    for name in LIKE_NAMES:
+    for name in SHARING:
         for count in BATCHES:
             assert_equal(cast(Executable, cache.get(name)), supernet.actuate(Subnet.parse(name)), count)
 
@@ -471,9 +471,9 @@ def test_subnets_that_share_slices_give_the_outputs_of_the_actuated_subnets() ->
 def test_a_shared_slice_stays_as_long_as_one_holds_it_and_is_freed_with_the_last() -> None:
     gc.disable()
     try:
-        cache = cache_of_slices(resnet(**WIDE), math.inf, LIKE_NAMES)
+        cache = cache_of_slices(resnet(**WIDE), math.inf, SHARING)
         cache.fill()
-        first, second = (cast(Executable, cache.get(name)) for name in LIKE_NAMES[:2])
+        first, second = (cast(Executable, cache.get(name)) for name in SHARING[:2])
         shared = [weakref.ref(pack) for pack in first.packs & second.packs]
         assert shared
         del first
