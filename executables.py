@@ -24,7 +24,19 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from programs import NAMES, CannotWriteError, available, lines_of, program_of
-from steps import Call, Convolution, Convolve, ConvolveAndAdd, ConvolveNarrowly, Larder, Multiply, Norm, Step
+from steps import (
+    Average,
+    Call,
+    Convolution,
+    Convolve,
+    ConvolveAndAdd,
+    ConvolveAndMultiply,
+    ConvolveNarrowly,
+    Larder,
+    Multiply,
+    Norm,
+    Step,
+)
 from supernet import ActuatedSubnet, SubnetNorm, WeightSlice
 
 _ADDITIONS = (operator.add, torch.add)  # torch.fx writes += as +
@@ -34,8 +46,9 @@ _ACTIVATIONS: Mapping[type[nn.Module], str] = {
     nn.ReLU: NAMES[F.relu], nn.Hardswish: NAMES[F.hardswish], nn.Hardsigmoid: NAMES[F.hardsigmoid],
     nn.SiLU: NAMES[F.silu], nn.ReLU6: "torch._C._nn.relu6", nn.Sigmoid: "torch.sigmoid",
 }  # fmt: skip
-# Programs take some 30 kB a node, in part for each size of batch: those of deep networks are for the few that are held.
-DEEP = 64
+# Programs take memory by the node, in part for each size of batch: those of deep networks are for the few that are
+# held, and count as held. Those of other networks are there, too, where nothing is held.
+DEEP, PROGRAM_BYTES_A_NODE = 64, 40_000
 _NUMBERS = ("size", "dim", "numel", "ndimension", "item")  # methods that give no tensor
 
 
@@ -59,6 +72,8 @@ class Executable:
         self._steps = {step: step for step in _steps(network.graph)} if packed is None else dict(packed)
         self._written: dict[bool, Callable[[Tensor], Tensor]] = {}
         self.packs = frozenset(pack for step in self._steps.values() for pack in step.packs)
+        nodes = len(network.graph.nodes)
+        self._program_nbytes = PROGRAM_BYTES_A_NODE * nodes if nodes > DEEP else 0  # that count if it is packed
 
     def __call__(self, x: Tensor) -> Tensor:
         """Logits of a batch of inputs (N, C, H, W), channels-last in memory."""
@@ -73,7 +88,7 @@ class Executable:
 
     def _program(self, many: bool) -> Callable[[Tensor], Tensor]:
         """All of it as one program; step by step where not all of it can be written, or it is deep and not packed."""
-        if len(self._network.graph.nodes) > DEEP and not self.packs:
+        if self._program_nbytes and not self.packs:
             return self._stepwise(many)
 
         def target(node: fx.Node) -> Any:
@@ -99,8 +114,13 @@ class Executable:
 
     @property
     def nbytes(self) -> int:
-        """What it holds, alone or with others."""
-        return sum(pack.nbytes for pack in self.packs)
+        """What it holds, alone or with others: packed weights, and its program where that takes more for it."""
+        return sum(pack.nbytes for pack in self.packs) + self.own_nbytes
+
+    @property
+    def own_nbytes(self) -> int:
+        """What of that it can share with no other."""
+        return self._program_nbytes if self.packs else 0
 
     @property
     def steps(self) -> Iterable[Step]:
@@ -115,8 +135,9 @@ class Executable:
 
     def needs(self, larder: Larder) -> Mapping[Any, int]:
         """Bytes of what it holds if it is packed, and else would hold, by what tells that from what others hold."""
-        steps = self._steps.values()
-        return {step.slice if larder.shares(step) else step: step.packed_nbytes for step in steps}
+        parts = (part for step in self._steps.values() for part in step.parts)
+        needs: dict[Any, int] = {part.slice if larder.shares(part) else part: part.packed_nbytes for part in parts}
+        return needs | {self: self._program_nbytes}
 
 
 def _steps(graph: fx.Graph) -> Iterable[Step]:
@@ -183,7 +204,8 @@ class _Rewriting:
 
     def run(self) -> None:
         for rewrite in (
-            self._drop_identities, self._fold_norms, self._fuse_convolutions, self._call_functions, self._overwrite
+            self._drop_identities, self._fold_norms, self._fuse_convolutions, self._join_products, self._call_functions,
+            self._overwrite,
         ):  # fmt: skip
             rewrite()
             for node in reversed(self._graph.nodes):
@@ -247,6 +269,23 @@ class _Rewriting:
             return None, None  # of a shortcut and the branch beside it, the larger convolution does it
         return addition, other
 
+    def _join_products(self) -> None:
+        """The 1x1 convolution of a shortcut becomes part of the step that adds it, if nothing else reads it."""
+        for node in self._graph.nodes:
+            if not isinstance(node.target, ConvolveAndAdd):
+                continue
+            x, residual = node.args
+            alone = isinstance(residual.target, Multiply) and len(residual.users) == 1 and residual is not x
+            if alone and not any(map(self._writes, _between(residual, node))):
+                self._join(node, x, residual)
+
+    def _join(self, node: fx.Node, x: fx.Node, residual: fx.Node) -> None:
+        step = cast(ConvolveAndAdd, node.target).joined(cast(Multiply, residual.target))
+        if step is not None:
+            self._replace(node, step, (x, *residual.args), node)
+            for dead in (node, residual):
+                self._graph.erase_node(dead)
+
     def _writes(self, node: fx.Node) -> bool:
         """Whether it may change in place what it reads."""
         if node.op == "call_module":
@@ -261,6 +300,8 @@ class _Rewriting:
 
     def _call_functions(self) -> None:
         for node in self._graph.nodes:
+            if _averages_pixels(node):
+                self._replace(node, Average(bool(node.kwargs.get("keepdim", False))), node.args[:1], node)
             step = _call_of(self._module(node), self._actuated)
             if step is not None and len(node.args) == 1 and (not self._writes(node) or _is_alone(node)):
                 self._replace(node, step, node.args, node)
@@ -269,7 +310,8 @@ class _Rewriting:
     def _overwrite(self) -> None:
         """Additions take the memory of what nothing else needs afterwards; last, when every step has its place."""
         for node in self._graph.nodes:
-            if isinstance(node.target, ConvolveAndAdd) and _may_overwrite(node):
+            sums = isinstance(node.target, ConvolveAndAdd) and not isinstance(node.target, ConvolveAndMultiply)
+            if sums and _may_overwrite(node):
                 node.target.overwrite()
 
     def _replace(self, node: fx.Node, step: Step, arguments: tuple[Any, ...], place: fx.Node) -> None:
@@ -319,6 +361,14 @@ def _call_of(module: nn.Module | None, actuated: ActuatedSubnet) -> Call | None:
             mean, var, weight, bias, _ = actuated.settings[norm.slot]
             return Call("norm", "torch.batch_norm", weight, bias, mean, var, False, 0.0, norm.eps, False)
     return None
+
+
+def _averages_pixels(node: fx.Node) -> bool:
+    called = (node.op, node.target) in (("call_method", "mean"), ("call_function", torch.mean))
+    if not called or len(node.args) != 2 or set(node.kwargs) - {"keepdim"}:
+        return False
+    axes = node.args[1]
+    return isinstance(axes, tuple | list) and sorted(map(str, axes)) in (["2", "3"], ["-1", "-2"])
 
 
 def _is_alone(node: fx.Node) -> bool:
@@ -400,7 +450,9 @@ class ExecutableCache:
     @property
     def nbytes(self) -> int:
         """What the packed executables hold."""
-        return sum(pack.nbytes for pack in {pack for each in list(self._packed.values()) for pack in each.packs})
+        packed = list(self._packed.values())
+        packs = {pack for each in packed for pack in each.packs}
+        return sum(pack.nbytes for pack in packs) + sum(each.own_nbytes for each in packed)
 
     @property
     def held(self) -> tuple[str, ...]:

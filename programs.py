@@ -27,20 +27,42 @@ NAMES: Mapping[Any, str] = {
     F.relu: "torch.relu", F.hardswish: "torch._C._nn.hardswish", F.hardsigmoid: "torch._C._nn.hardsigmoid",
     F.silu: "torch._C._nn.silu", F.adaptive_avg_pool2d: "torch._C._nn.adaptive_avg_pool2d",
 }  # fmt: skip
-# What is written in several places; inlined where it is called.
-_HELPERS = """
+# What is written in several places; inlined where it is called. None calls one that comes after it.
+_HELPERS = {
+    "added": """
 def added(outputs: Tensor, residual: Tensor) -> Tensor:
     alike = outputs.size() == residual.size() and outputs.dtype == residual.dtype
     return outputs.add_(residual) if alike else outputs + residual
-
-def fits(residual: Tensor, x: Tensor, bias: Tensor, reach: List[int], stride: List[int]) -> bool:
+""",
+    "accumulated": """
+def accumulated(outputs: Tensor, x: Tensor, matrix: Tensor) -> Tensor:
+    form = torch.channels_last
+    dense = outputs.is_contiguous(memory_format=form) and x.is_contiguous(memory_format=form)
+    if dense and outputs.size() == [x.size(0), matrix.size(1), x.size(2), x.size(3)]:
+        pixels, inputs, channels = x.size(0) * x.size(2) * x.size(3), matrix.size(0), matrix.size(1)
+        rows = x.as_strided([pixels, inputs], [inputs, 1])
+        outputs.as_strided([pixels, channels], [channels, 1]).addmm_(rows, matrix)
+        return outputs
+    return added(outputs, torch.matmul(x.permute([0, 2, 3, 1]), matrix).permute([0, 3, 1, 2]))
+""",
+    "averaged": """
+def averaged(x: Tensor, keep: bool) -> Tensor:
+    if x.dim() != 4:
+        return x.mean([2, 3], keep)
+    means = torch._C._nn.avg_pool2d(x, [x.size(2), x.size(3)])
+    return means if keep else means.flatten(1)
+""",
+    "fits": """
+def fits(residual: Tensor, x: Tensor, channels: int, reach: List[int], stride: List[int]) -> bool:
     rows, columns = (x.size(2) - reach[0]) // stride[0] + 1, (x.size(3) - reach[1]) // stride[1] + 1
-    return residual.size() == [x.size(0), bias.size(0), rows, columns] and residual.dtype == x.dtype
-
+    return residual.size() == [x.size(0), channels, rows, columns] and residual.dtype == x.dtype
+""",
+    "parted": """
 def parted(pairs: Tensor, channels: int) -> Tensor:
     pixels = pairs.permute([0, 2, 3, 1])
     return pixels.reshape([pixels.size(0), pixels.size(1), -1, channels]).permute([0, 3, 1, 2])
-"""
+""",
+}
 
 
 @runtime_checkable
@@ -59,7 +81,7 @@ class Program:
     """A function of tensors, with its weights; safe to call from several threads at once."""
 
     def __init__(self, function: Callable[..., Tensor], weights: Sequence[Tensor]) -> None:
-        self._function, self._weights = function, list(weights)
+        self._function, self._weights = function, torch._C.ScriptList(list(weights))
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """What the text says; raises RuntimeError with what torch said, and not where in the text."""
@@ -102,7 +124,7 @@ def program_of(inputs: int, write: Callable[[Sequence[str], Hold], Iterable[str]
     names = [f"x{number}" for number in range(inputs)]
     lines = "\n".join(f"    {line}" for line in write(names, hold))
     parameters = ", ".join([*(f"{name}: Tensor" for name in names), f"{_WEIGHTS}: List[Tensor]"])
-    function = (_kept if keep else _compiled)(f"{_HELPERS}\ndef run({parameters}) -> Tensor:\n{lines}\n")
+    function = (_kept if keep else _compiled)(_with_helpers(f"\ndef run({parameters}) -> Tensor:\n{lines}\n"))
     return Program(function, [each.detach() for each in weights])
 
 
@@ -114,6 +136,13 @@ def available() -> bool:
         return one(torch.zeros(1)).item() == 1
     except (AttributeError, RuntimeError, TypeError):
         return False
+
+
+def _with_helpers(text: str) -> str:
+    """A text preceded by what it calls of the helpers: each costs memory and time of its own in every program."""
+    for name, helper in reversed(_HELPERS.items()):
+        text = helper + text if f"{name}(" in text else text
+    return text
 
 
 def _compiled(text: str) -> Callable[..., Tensor]:

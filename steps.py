@@ -11,8 +11,8 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any, Self, cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -137,6 +137,11 @@ class Step:
         self.__name__ = name  # torch.fx writes it into the code that it generates
         self._programs: dict[bool, Program] = {}
 
+    @property
+    def parts(self) -> tuple[Step, ...]:
+        """Itself, and steps that it does besides."""
+        return (self,)
+
     def written(self, arguments: Sequence[str], hold: Hold, many: bool) -> str:
         """The expression of its result, for batches of one or of ``many`` inputs; must not depend on their number."""
         raise NotImplementedError
@@ -171,6 +176,18 @@ class Call(Step):
         return f"{self._function}({', '.join([*arguments, *settings])})"
 
 
+class Average(Step):
+    """The mean of each channel's pixels, by a kernel that pools: faster than one that reduces."""
+
+    def __init__(self, keep: bool) -> None:
+        """``keep``: as one pixel."""
+        super().__init__("average")
+        self._keep = keep
+
+    def written(self, arguments: Sequence[str], hold: Hold, many: bool) -> str:  # noqa: D102
+        return f"averaged({arguments[0]}, {self._keep})"
+
+
 class Convolve(Step):
     """A convolution with bias and activation as one oneDNN call."""
 
@@ -186,12 +203,12 @@ class Convolve(Step):
 
     def written(self, arguments: Sequence[str], hold: Hold, many: bool) -> str:  # noqa: D102
         (x,) = arguments
-        return self._fused(x, hold) if self._fuses(many) else self._apart(x, None, hold)
+        return self._fused(x, hold) if self._fuses(many) else self._activated(self._apart(x, hold))
 
     def packed(self, larder: Larder) -> Convolve:  # noqa: D102
         if not self._layer.suits_kernels:
             return self
-        step = self.__class__(self._layer, self._activation)
+        step = self._copy(larder)
         if larder.shares(self):
             step._pack = larder.pack(self._layer, self.packed_nbytes)
         else:
@@ -199,6 +216,10 @@ class Convolve(Step):
             step.slice = None
         step.packs = (step._pack,)
         return step
+
+    def _copy(self, larder: Larder) -> Self:
+        """A step like this one, whose own weight is still to be packed."""
+        return self.__class__(self._layer, self._activation)
 
     def _fuses(self, many: bool) -> bool:
         """Not for one image: folding and reordering, or telling oneDNN of more to do, costs more than it saves then."""
@@ -211,7 +232,8 @@ class Convolve(Step):
         weight = hold(self._layer.weight if self._pack is None else self._pack.weight)
         return weight if self._scale is None else f"({weight} * {hold(self._scale)})"
 
-    def _apart(self, x: str, residual: str | None, hold: Hold) -> str:
+    def _apart(self, x: str, hold: Hold) -> str:
+        """The convolution alone, in memory of its own."""
         layer, scale, bias = self._layer, self._scale, self._bias
         if self._pack is None:
             form = ", ".join(map(literal, (None, layer.stride, layer.padding, layer.dilation, layer.groups)))
@@ -220,11 +242,10 @@ class Convolve(Step):
             shift = hold(bias) if scale is None else "None"
             outputs = _convolved(x, hold(self._pack.weight), shift, layer.form, "none")
         if scale is not None:
-            outputs = f"torch.addcmul({hold(bias.view(-1, 1, 1))}, {outputs}, {hold(scale[:, :, 0])})"
-        elif self._pack is None:
-            outputs = f"{outputs}.add_({hold(bias.view(-1, 1, 1))})"
-        if residual is not None:
-            outputs = f"added({outputs}, {residual})"
+            return f"torch.addcmul({hold(bias.view(-1, 1, 1))}, {outputs}, {hold(scale[:, :, 0])})"
+        return f"{outputs}.add_({hold(bias.view(-1, 1, 1))})" if self._pack is None else outputs
+
+    def _activated(self, outputs: str) -> str:
         return f"{outputs}.relu_()" if self._activation == "relu" else outputs
 
 
@@ -273,18 +294,31 @@ class ConvolveAndAdd(Convolve):
         spans = zip(layer.weight.shape[2:], layer.dilation, layer.padding, strict=True)
         self._reach = [dilation * (size - 1) + 1 - 2 * padding for size, dilation, padding in spans]
 
+    def joined(self, multiply: Multiply) -> ConvolveAndMultiply | None:
+        """One step that also computes the residual, which this one gives; None where that does not suit."""
+        if multiply.layer.weight.shape[0] != len(self._bias):
+            return None
+        return ConvolveAndMultiply(self._layer, self._activation, multiply.layer)
+
     def overwrite(self) -> None:
         """Let the sum take the memory of the residual from now on."""
         self._overwrites = True
 
-    def packed(self, larder: Larder) -> Convolve:  # noqa: D102
-        step = cast(ConvolveAndAdd, super().packed(larder))  # or itself
+    def _copy(self, larder: Larder) -> Self:
+        step = super()._copy(larder)
         step._overwrites = self._overwrites
         return step
 
     def written(self, arguments: Sequence[str], hold: Hold, many: bool) -> str:  # noqa: D102
         x, residual = arguments
-        apart = self._apart(x, residual, hold)
+        apart = f"added({self._apart(x, hold)}, {residual})"
+        return self._summed(x, residual, residual, len(self._bias), self._activated(apart), hold, many)
+
+    def _summed(self, x: str, residual: str, like: str, channels: int, apart: str, hold: Hold, many: bool) -> str:
+        """As one oneDNN call if the residual has the size of the result, else ``apart``.
+
+        ``like``: what has as many pixels as the residual, and so many ``channels`` if the residual fits.
+        """
         if not self._fuses(many):
             return apart
         name, read = "_convolution_pointwise", f"{x}, {residual}"
@@ -293,9 +327,43 @@ class ConvolveAndAdd(Convolve):
         settings = ", ".join([self._weight(hold), hold(self._bias), *map(literal, self._layer.form), "'add'", "1.0"])
         activation = literal(None if self._activation == "none" else self._activation)
         fused = f"torch.ops.mkldnn.{name}({read}, {settings}, {activation}, [], '')"
-        reach, stride = literal(self._reach), literal(self._layer.stride)
-        # The kernels do not broadcast.
-        return f"{fused} if fits({residual}, {x}, {hold(self._bias)}, {reach}, {stride}) else {apart}"
+        size = ", ".join([str(channels), literal(self._reach), literal(self._layer.stride)])
+        return f"{fused} if fits({like}, {x}, {size}) else {apart}"  # the kernels do not broadcast
+
+
+class ConvolveAndMultiply(ConvolveAndAdd):
+    """A convolution to whose result that of a 1x1 convolution of something else is added before the activation.
+
+    For one image the product is accumulated on the result of the convolution, which saves passes and memory.
+    """
+
+    def __init__(self, layer: Convolution, activation: str, product: Convolution) -> None:
+        biases = [each.bias for each in (layer, product) if each.bias is not None]
+        super().__init__(replace(layer, bias=sum(biases[1:], biases[0]) if biases else None), activation)
+        self._product = replace(product, bias=None)
+        self._multiply = Multiply(self._product)
+        self._overwrites = True
+
+    @property
+    def parts(self) -> tuple[Step, ...]:  # noqa: D102
+        return self, self._multiply
+
+    def _copy(self, larder: Larder) -> Self:
+        step = self.__class__(self._layer, self._activation, self._product)
+        step._multiply = self._multiply.packed(larder)
+        return step
+
+    def packed(self, larder: Larder) -> Self:  # noqa: D102
+        step = cast("Self", super().packed(larder))
+        if step is not self:
+            step.packs += step._multiply.packs
+        return step
+
+    def written(self, arguments: Sequence[str], hold: Hold, many: bool) -> str:  # noqa: D102
+        x, y = arguments
+        product, inputs = self._multiply.written([y], hold, many), self._product.weight.shape[1]
+        apart = f"accumulated({self._apart(x, hold)}, {y}, {self._multiply.matrix(hold, across=True)})"
+        return self._summed(x, product, y, inputs, self._activated(apart), hold, many)
 
 
 class Multiply(Step):
@@ -303,20 +371,23 @@ class Multiply(Step):
 
     def __init__(self, layer: Convolution) -> None:
         super().__init__("pointwise")
-        self._layer, self._matrix = layer, cast("Tensor | None", None)
+        self.layer, self._matrix = layer, cast("Tensor | None", None)
         self.packed_nbytes = 4 * layer.weight.numel()
 
     def written(self, arguments: Sequence[str], hold: Hold, many: bool) -> str:  # noqa: D102
-        scale, bias = self._layer.scale, self._layer.bias
-        matrix = hold(self._layer.weight.flatten(1) if self._matrix is None else self._matrix)
-        if self._matrix is None and scale is not None:
-            matrix = f"{matrix} * {hold(scale.flatten(1))}"
-        pixels, shift = f"{arguments[0]}.permute([0, 2, 3, 1])", "None" if bias is None else hold(bias)
-        return f"torch._C._nn.linear({pixels}, {matrix}, {shift}).permute([0, 3, 1, 2])"
+        pixels, bias = f"{arguments[0]}.permute([0, 2, 3, 1])", self.layer.bias
+        shift = "None" if bias is None else hold(bias)
+        return f"torch._C._nn.linear({pixels}, {self.matrix(hold)}, {shift}).permute([0, 3, 1, 2])"
+
+    def matrix(self, hold: Hold, across: bool = False) -> str:
+        """The expression of what it multiplies by: outputs, inputs; or, ``across``, inputs, outputs."""
+        weight, scale = self.layer.weight.flatten(1) if self._matrix is None else self._matrix, self.layer.scale
+        factors = [weight] if scale is None or self._matrix is not None else [weight, scale.flatten(1)]
+        return f"({' * '.join(hold(each.t() if across else each) for each in factors)})"
 
     def packed(self, larder: Larder) -> Multiply:  # noqa: D102
-        step = Multiply(self._layer)
-        step._matrix = self._layer.folded().flatten(1).contiguous()
+        step = Multiply(self.layer)
+        step._matrix = self.layer.folded().flatten(1).contiguous()
         step.packs = (Pack(step._matrix, step.packed_nbytes),)
         return step
 

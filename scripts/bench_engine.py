@@ -19,9 +19,10 @@ machine of its own.
 
 Actuation is the engine's look-up by name between two batches on subnets of the frontier, with the default budget. The
 curve over memory budgets holds subnets in the profile's order, as the server does; a subnet's latency at a budget is
-that of its packed executable if held, else of the shared one. Bytes held are counted; the growth of resident memory
-over that at budget 0 is measured after every subnet ran (null where the system does not tell). zoo_memory_ratio: the
-supernet with all statistics to six separate networks. The last line of stdout is JSON.
+that of its packed executable if held, else of the shared one. Bytes held are counted. For resident memory an engine in
+a process of its own gets all subnets ready within the budget and runs them: resident_growth_bytes is how much more that
+takes than with budget 0 (null where the system does not tell). zoo_memory_ratio: the supernet with all statistics to
+six separate networks. The last line of stdout is JSON.
 
     python scripts/bench_engine.py
     python scripts/bench_engine.py --subnets all --batches 1 8 --rounds 10
@@ -46,8 +47,10 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, cast
 
@@ -227,35 +230,54 @@ def resident_bytes() -> int | None:
     return None
 
 
+def resident_with(budget: str, profile: Path, names: Sequence[str], seed: int) -> int | None:
+    """Resident memory of this process with an engine that got these subnets ready within a budget, and ran them."""
+    torch.set_num_threads(1)
+    servable = load_servable(profile)
+    nbytes = Config(memory_budget=budget).memory_budget_bytes(servable.supernet.nbytes)
+    engine = Engine(servable, "cpu", memory_budget=nbytes)
+    asyncio.run(engine.prepare(names))
+    assert engine.executables is not None, "a CPU has them"
+    with torch.inference_mode():
+        for x in (inputs(servable, count, seed) for count in (1, CURVE_BATCH)):
+            for name in names:
+                engine.executables.get(name)(x)
+    return resident_bytes()
+
+
+def resident_growth(profile: Path, names: Sequence[str], budgets: Sequence[str], seed: int) -> list[int | None]:
+    """By how much each budget makes a process larger than the first of them; each in a process of its own."""
+    apart = get_context("spawn")
+    with ProcessPoolExecutor(1, apart, max_tasks_per_child=1) as pool:
+        found = list(pool.map(partial(resident_with, profile=profile, names=names, seed=seed), budgets))
+    return [None if each is None or found[0] is None else each - found[0] for each in found]
+
+
 def budget_curve(servable: Servable, names: Sequence[str], options: argparse.Namespace, step: Step) -> list[Any]:
-    """For each memory budget what is held, what that takes, and the mean latency over these subnets."""
+    """For each memory budget what is held, and the mean latency over these subnets."""
     supernet, x = servable.supernet, inputs(servable, CURVE_BATCH, options.seed)
-    cache, points, held, resident = ExecutableCache(0), [], [], []
+    cache, points, held = ExecutableCache(0), [], []
     for name in names:
         cache.add(name, supernet.actuate(supernet.space.parse(name)))
     shared = [cache.get(name) for name in names]
     for budget in BUDGETS:
         cache.budget = Config(memory_budget=budget).memory_budget_bytes(supernet.nbytes)
         cache.fill()
-        for run in [cache.get(name) for name in names] * WARM_UP:
-            run(x)
         held.append(cache.held)
-        resident.append(resident_bytes())
         points.append({"budget": budget, "held": len(cache.held), "held_bytes": cache.nbytes})
     cache.budget = math.inf
     cache.fill()
     runs = {f"{name} shared": partial(run, x) for name, run in zip(names, shared, strict=True)}
     runs |= {f"{name} packed": partial(cache.get(name), x) for name in names}
     medians_ms = interleaved(runs, options.rounds, CURVE_SECONDS, step, CLOCKS[options.clock])
-    for point, packed, after in zip(points, held, resident, strict=True):
-        point["resident_growth_bytes"] = None if after is None or resident[0] is None else after - resident[0]
+    for point, packed in zip(points, held, strict=True):
         latencies_ms = [medians_ms[f"{name} {'packed' if name in packed else 'shared'}"] for name in names]
         point["mean_ms"] = round(statistics.fmean(latencies_ms), 4)
     return points
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Everything; the budgets come first, while nothing else has left memory behind."""
+    """Everything."""
     servable = load_servable(options.profile)
     servable.supernet.to(torch.device("cpu"))
     found = slackfit.load_choices(options.profile)
@@ -266,6 +288,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     picked = ranked if options.subnets == "all" else list(dict.fromkeys(three))
     with tqdm(total=options.rounds * (1 + len(picked) * len(options.batches)), disable=None, leave=False) as bar:
         curve = budget_curve(servable, names, options, bar.update)
+        for point, growth in zip(curve, resident_growth(options.profile, names, BUDGETS, options.seed), strict=True):
+            point["resident_growth_bytes"] = growth
         times, default = switching(servable, names, options.seed)
         cache = by_default(servable.supernet, names)
         compared = [compare(servable, name, cache, options, bar.update) for name in picked]

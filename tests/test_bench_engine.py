@@ -94,6 +94,21 @@ def test_more_budget_holds_more_and_never_more_than_allowed(folder: Path) -> Non
 
 
 @pytest.mark.slow
+def test_a_process_grows_by_no_more_than_the_budget_allows_and_by_what_it_holds() -> None:
+    """The bundled servable, whose subnets are large enough to be seen among a process' memory."""
+    profile = Path(bench_engine.__file__).parent.parent / "profiles" / "cifar10"
+    choices = slackfit.load_choices(profile)
+    names = [each.name for each in choices if each.frontier and each.ensemble is None]
+    weights_nbytes = bench_engine.load_servable(profile).supernet.nbytes
+    nothing, once, twice = bench_engine.resident_growth(profile, names, ["0", "1x", "2x"], seed=0)
+    if once is None or twice is None:
+        pytest.skip("this system does not tell the memory of a process")
+    assert nothing == 0
+    assert 0.5 * weights_nbytes < once <= weights_nbytes
+    assert weights_nbytes < twice <= 2 * weights_nbytes
+
+
+@pytest.mark.slow
 def test_the_benchmark_compares_every_form_of_the_frontier_and_ends_with_json(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -114,5 +129,6 @@ def test_the_benchmark_compares_every_form_of_the_frontier_and_ends_with_json(
     parameters = count_parameters(tiny_servable().supernet.extract(SPACE.largest))
     assert largest["extracted_bytes"] >= 4 * parameters
     assert largest["onnx_bytes"] > largest["packed_bytes"] / 2
+    assert [point["resident_growth_bytes"] is None for point in document["budget_curve"]] == [False] * 5
     assert document["memory"]["default_held"] == len(NAMES)
     assert (document["threads"], document["torch"]) == (1, torch.__version__)

@@ -175,6 +175,13 @@ FORMS: dict[str, Callable[[Block, Tensor], Tensor]] = {
     "residual of a pointwise branch": lambda b, x: F.relu(b.norm1(b.conv1(x)) + b.norm2(b.point2(x))),
     "residual of two pointwise branches": lambda b, x: F.relu(b.norm1(b.point1(x)) + b.norm2(b.point2(x))),
     "residual of a pooled branch": lambda b, x: F.relu(b.pool(x) + b.norm1(b.conv1(x))),
+    "residual of a pointwise branch alone": lambda b, x: F.relu(b.norm1(b.conv1(b.pool(x))) + b.norm2(b.point2(x))),
+    "pointwise branch first": lambda b, x: F.relu(b.norm2(b.point2(x)) + b.norm1(b.conv1(b.pool(x)))),
+    "pointwise branch with a bias": lambda b, x: b.conv1(b.pool(x)) + b.point1(x),
+    "pointwise branch across": lambda b, x: F.relu(b.norm1(b.conv1(x)) + b.point1(b.pool(x).transpose(2, 3))),
+    "pointwise branch that is used again": lambda b, x: _used_twice(b.norm1(b.conv1(x)), b.norm2(b.point2(x))),
+    "pointwise branch that the convolution reads": lambda b, x: _chained(b, b.norm2(b.point2(x))),
+    "pointwise branch of what is overwritten": lambda b, x: _overwritten_branch(b, x - 0.5),
     "residual of one pixel": lambda b, x: F.relu(b.norm1(b.conv1(x)) + b.point1(x.mean((2, 3), keepdim=True))),
     "residual larger than the result": lambda b, x: F.relu(b.norm1(b.conv1(x.mean((2, 3), keepdim=True))) + x),
     "residual that is a weight": lambda b, x: F.relu(b.norm1(b.conv1(x)) + b.scale),
@@ -213,6 +220,20 @@ def _with_branch(block: Block, x: Tensor) -> Tensor:
     one, other = block.norm1(block.conv1(x)), block.norm2(block.conv2(x))
     total = one + x
     return F.relu(other + total)
+
+
+def _used_twice(y: Tensor, branch: Tensor) -> Tensor:
+    return F.relu(y + branch) * branch
+
+
+def _chained(block: Block, x: Tensor) -> Tensor:
+    return F.relu(block.norm1(block.conv1(x)) + x)
+
+
+def _overwritten_branch(block: Block, x: Tensor) -> Tensor:
+    branch = block.point2(x)
+    x.mul_(2)
+    return F.relu(block.conv1(x) + branch)
 
 
 def _written_to(block: Block, x: Tensor, write: Callable[[Tensor], Tensor]) -> Tensor:
@@ -431,6 +452,21 @@ def test_of_deep_networks_only_those_that_are_packed_are_one_program(monkeypatch
     assert not isinstance(shared.write(many=True), Program)
     assert isinstance(shared.packed().write(many=True), Program)
     assert_executable(subnet)
+
+
+def test_the_program_of_a_deep_network_counts_as_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    supernet, names = resnet(), [SPACE.largest.name, SPACE.smallest.name]
+    weights = sum(packed_nbytes(trace(supernet.actuate(Subnet.parse(name)))) for name in names)
+    monkeypatch.setattr("executables.DEEP", 10)
+    cache = cache_of_slices(supernet, 2 * weights, names)
+    assert [cast(Executable, cache.get(name)).nbytes for name in names] == [0, 0], "others are no program as a whole"
+    needed = sum(packed_nbytes(cast(Executable, cache.get(name))) for name in names)
+    assert needed > 2 * weights
+    cache.fill()
+    assert len(cache.held) < 2
+    cache.budget = needed
+    cache.fill()
+    assert (len(cache.held), cache.nbytes) == (2, needed)
 
 
 # ------------------------------------------------------------------------------------------------------- shared slices
