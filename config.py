@@ -38,6 +38,7 @@ class Config:
     host: str = "127.0.0.1"
     port: int = 8000
     device: str = "auto"
+    dtype: str = "float32"
     policy: str = "clearfit"
     workers: int = 1
     threads: int = 0
@@ -83,6 +84,8 @@ class Config:
             for name, (low, high) in allowed.items()
             if not low <= getattr(self, name) <= high
         ]
+        if self.dtype not in slackfit.DTYPES:
+            problems.append(f"dtype must be {' or '.join(slackfit.DTYPES)}, not '{self.dtype:.60}'")
         for parse in (lambda: self.memory_budget_bytes(1), lambda: self.origins):
             try:
                 parse()
@@ -279,6 +282,7 @@ _HELP = {
     "host": "address to listen on",
     "port": "port to listen on; 0 takes a free one",
     "device": "auto, cpu, cuda or cuda:N; auto takes a GPU when there is one",
+    "dtype": f"numbers to compute with: {', '.join(slackfit.DTYPES)}; accuracies must have been measured with them",
     "policy": "how a subnet and a batch size are chosen; see below",
     "workers": "batches that run at the same time: CUDA streams, or thread groups on a CPU",
     "threads": "CPU threads per worker; 0: all cores but one, shared between the workers",

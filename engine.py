@@ -146,7 +146,7 @@ class Worker:
             batch = self._batch(inputs)
             parts = batch.tensor_split(-(-len(inputs) // CHUNK)) if len(inputs) > CHUNK else (batch,)
             logits = [self._batching.logits(network, part) for part in parts]
-            return (logits[0] if len(logits) == 1 else torch.cat(logits)).softmax(1).numpy()
+            return (logits[0] if len(logits) == 1 else torch.cat(logits)).float().softmax(1).numpy()
 
     def _batch(self, inputs: Sequence[NDArray[Any]]) -> Tensor:
         groups = self._batching.stack(inputs)
@@ -250,7 +250,7 @@ class CudaWorker(Worker):
         with torch.inference_mode(), torch.cuda.stream(self._stream):
             probabilities = self._replayed(network, inputs)
             if probabilities is None:
-                probabilities = self._batching.logits(network, self._batch(inputs)).softmax(1).float()
+                probabilities = self._batching.logits(network, self._batch(inputs)).float().softmax(1)
             host = self._buffer("out", tuple(probabilities.shape), torch.float32)
             host.copy_(probabilities, non_blocking=True)
             self._done.record(self._stream)
@@ -267,7 +267,7 @@ class CudaWorker(Worker):
         return graph.replay(pinned)
 
     def _probabilities(self, network: Network, pixels: Tensor) -> Tensor:
-        return self._batching.logits(network, self._batching.to_network(pixels)).softmax(1).float()
+        return self._batching.logits(network, self._batching.to_network(pixels)).float().softmax(1)
 
     def _free_memory(self) -> None:
         self._stream.synchronize()
@@ -308,17 +308,20 @@ class Engine:
     ) -> None:
         """``device``: auto, cpu, cuda or cuda:N; ``threads``: CPU threads per worker.
 
+        It computes with the type of number that the servable's weights are kept in.
+
         ``memory_budget``: bytes that subnets may hold beside the shared weights, to run faster; on a GPU each worker
         captures graphs of its own, within its share. ``ensembles`` run by their names, as subnets do.
         """
         self._servable = servable
         self._device = _resolve(device)
+        _check_computes(self._device, servable.supernet.dtype)
         cuda = self._device.type == "cuda"
         self.facts = DeviceFacts(
             kind=self._device.type,
             name=torch.cuda.get_device_name(self._device) if cuda else _processor_name(),
             torch=torch.__version__,
-            dtype="float32",
+            dtype=str(servable.supernet.dtype).removeprefix("torch."),
             threads=0 if cuda else threads,
             workers=workers,
         )
@@ -326,7 +329,7 @@ class Engine:
         if cuda:
             # The workers' streams do not wait for the copies of the default one.
             torch.cuda.current_stream(self._device).synchronize()
-        self._batching = batching_for(servable.input, self._device)
+        self._batching = batching_for(servable.input, self._device, servable.supernet.dtype)
         self._threads = threads
         kind = self._device.type
         self.ensembles = Catalogue(ensembles, device=kind, cores=_cores(), workers=workers, threads=threads)
@@ -597,6 +600,18 @@ def _resolve(device: str) -> torch.device:
     if resolved.type == "cuda" and (resolved.index or 0) >= count:
         raise EngineError(f"device '{device}' is not there: {count} CUDA devices found")
     return resolved
+
+
+def _check_computes(device: torch.device, dtype: torch.dtype) -> None:
+    """Raise EngineError for numbers that the device has no kernels for."""
+    name = str(dtype).removeprefix("torch.")
+    if device.type == "cuda":
+        computes = dtype != torch.bfloat16 or torch.cuda.is_bf16_supported()
+    else:
+        kernels = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+        computes = dtype not in kernels or getattr(torch.ops.mkldnn, kernels[dtype], lambda: False)()
+    if not computes:
+        raise EngineError(f"this {device.type} does not compute with {name}; float32 it always does")
 
 
 def _cores() -> int:

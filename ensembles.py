@@ -136,7 +136,7 @@ def _attempt(name: str, network: MemberNetwork, inputs: Sequence[Tensor]) -> Out
     """A member's class probabilities, or the error that is its own."""
     try:
         with torch.inference_mode():  # counts for the calling thread
-            probabilities = network(*inputs).softmax(1).float()
+            probabilities = network(*inputs).float().softmax(1)
         if len(probabilities) != len(inputs[0]):
             raise ValueError(f"{name} gave {len(probabilities)} outputs for {len(inputs[0])} inputs")
         return probabilities

@@ -12,10 +12,12 @@ The rewriting goes by type of operation and knows no architecture; what it does 
 
 from __future__ import annotations
 
+import functools
 import operator
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import FunctionType, MethodType
 from typing import Any, cast
 
@@ -23,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from programs import NAMES, CannotWriteError, available, lines_of, program_of
+from programs import NAMES, CannotWriteError, Hold, available, lines_of, program_of
 from steps import (
     Average,
     Call,
@@ -47,7 +49,8 @@ _ACTIVATIONS: Mapping[type[nn.Module], str] = {
     nn.SiLU: NAMES[F.silu], nn.ReLU6: "torch._C._nn.relu6", nn.Sigmoid: "torch.sigmoid",
 }  # fmt: skip
 # Programs take memory by the node, in part for each size of batch: those of deep networks are for the few that are
-# held, and count as held. Those of other networks are there, too, where nothing is held.
+# packed, and count as held (another such subnet of OFA MobileNet added 25 to 36 kB a node to a process, beside its
+# weights). Those of smaller networks are written even if nothing is held, so that they do not count.
 DEEP, PROGRAM_BYTES_A_NODE = 64, 40_000
 _NUMBERS = ("size", "dim", "numel", "ndimension", "item")  # methods that give no tensor
 
@@ -73,7 +76,8 @@ class Executable:
         self._written: dict[bool, Callable[[Tensor], Tensor]] = {}
         self.packs = frozenset(pack for step in self._steps.values() for pack in step.packs)
         nodes = len(network.graph.nodes)
-        self._program_nbytes = PROGRAM_BYTES_A_NODE * nodes if nodes > DEEP else 0  # that count if it is packed
+        self._deep = nodes > DEEP
+        self._packed_program_nbytes = PROGRAM_BYTES_A_NODE * nodes if self._deep and self._has_program() else 0
 
     def __call__(self, x: Tensor) -> Tensor:
         """Logits of a batch of inputs (N, C, H, W), channels-last in memory."""
@@ -88,18 +92,28 @@ class Executable:
 
     def _program(self, many: bool) -> Callable[[Tensor], Tensor]:
         """All of it as one program; step by step where not all of it can be written, or it is deep and not packed."""
-        if self._program_nbytes and not self.packs:
+        if self._deep and not self.packs:
+            return self._stepwise(many)
+        try:
+            return program_of(1, functools.partial(self._lines, many=many))
+        except (CannotWriteError, RuntimeError):
             return self._stepwise(many)
 
+    def _lines(self, names: Sequence[str], hold: Hold, many: bool) -> Iterable[str]:
         def target(node: fx.Node) -> Any:
             if node.op == "get_attr":
                 return operator.attrgetter(str(node.target))(self._network)
             return self._steps.get(node.target, node.target)  # type: ignore[call-overload]
 
+        return lines_of(self._network.graph, names, hold, many, target)
+
+    def _has_program(self) -> bool:
+        """Whether it becomes one program when it is packed."""
         try:
-            return program_of(1, lambda names, hold: lines_of(self._network.graph, names, hold, many, target))
-        except (CannotWriteError, RuntimeError):
-            return self._stepwise(many)
+            list(self._lines(["x"], lambda _: "weight", many=True))
+        except CannotWriteError:
+            return False
+        return any(part.packed_nbytes for step in self.steps for part in step.parts)
 
     def _stepwise(self, many: bool) -> Callable[[Tensor], Tensor]:
         for node in self._network.graph.nodes:
@@ -114,13 +128,13 @@ class Executable:
 
     @property
     def nbytes(self) -> int:
-        """What it holds, alone or with others: packed weights, and its program where that takes more for it."""
-        return sum(pack.nbytes for pack in self.packs) + self.own_nbytes
+        """What it holds, alone or with others: packed weights, and its program if that counts."""
+        return sum(pack.nbytes for pack in self.packs) + self.program_nbytes
 
     @property
-    def own_nbytes(self) -> int:
-        """What of that it can share with no other."""
-        return self._program_nbytes if self.packs else 0
+    def program_nbytes(self) -> int:
+        """What its program takes of that."""
+        return self._packed_program_nbytes if self.packs else 0
 
     @property
     def steps(self) -> Iterable[Step]:
@@ -137,7 +151,7 @@ class Executable:
         """Bytes of what it holds if it is packed, and else would hold, by what tells that from what others hold."""
         parts = (part for step in self._steps.values() for part in step.parts)
         needs: dict[Any, int] = {part.slice if larder.shares(part) else part: part.packed_nbytes for part in parts}
-        return needs | {self: self._program_nbytes}
+        return needs | {self: self._packed_program_nbytes}
 
 
 def _steps(graph: fx.Graph) -> Iterable[Step]:
@@ -323,11 +337,18 @@ def _convolution_of(module: nn.Module | None, actuated: ActuatedSubnet) -> Convo
     if isinstance(module, WeightSlice):
         weight, bias, form = actuated.settings[module.slot]
         if form is not None and not isinstance(form["padding"], str):
-            return Convolution(weight, bias, **form)
+            return _undilated(Convolution(weight, bias, **form))
     if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros" and not isinstance(module.padding, str):
         stride, padding, dilation = ((each[0], each[1]) for each in (module.stride, module.padding, module.dilation))
-        return Convolution(module.weight, module.bias, stride, padding, dilation, module.groups)
+        return _undilated(Convolution(module.weight, module.bias, stride, padding, dilation, module.groups))
     return None
+
+
+def _undilated(layer: Convolution) -> Convolution:
+    """The same without a dilation of what is one wide, which says nothing; oneDNN crashes on some such."""
+    sizes = zip(layer.weight.shape[2:], layer.dilation, strict=True)
+    down, across = (1 if size == 1 else dilation for size, dilation in sizes)
+    return replace(layer, dilation=(down, across))
 
 
 def _norm_of(module: nn.Module | None, actuated: ActuatedSubnet) -> Norm | None:
@@ -368,7 +389,7 @@ def _averages_pixels(node: fx.Node) -> bool:
     if not called or len(node.args) != 2 or set(node.kwargs) - {"keepdim"}:
         return False
     axes = node.args[1]
-    return isinstance(axes, tuple | list) and sorted(map(str, axes)) in (["2", "3"], ["-1", "-2"])
+    return isinstance(axes, tuple | list) and set(axes) == {2, 3} and len(axes) == 2
 
 
 def _is_alone(node: fx.Node) -> bool:
@@ -452,7 +473,7 @@ class ExecutableCache:
         """What the packed executables hold."""
         packed = list(self._packed.values())
         packs = {pack for each in packed for pack in each.packs}
-        return sum(pack.nbytes for pack in packs) + sum(each.own_nbytes for each in packed)
+        return sum(pack.nbytes for pack in packs) + sum(each.program_nbytes for each in packed)
 
     @property
     def held(self) -> tuple[str, ...]:

@@ -49,7 +49,9 @@ class Normaliser:
 
     pixels_only = True
 
-    def __init__(self, spec: InputSpec, device: torch.device) -> None:
+    def __init__(self, spec: InputSpec, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        """``dtype``: what the network computes with; pixels are normalised in float32."""
+        self._dtype = dtype
         mean, std = torch.tensor(spec.mean), torch.tensor(spec.std)
         self._scale = (1 / (255 * std)).view(1, -1, 1, 1).to(device)
         self._shift = (-mean / std).view(1, -1, 1, 1).to(device)
@@ -57,7 +59,7 @@ class Normaliser:
 
     def pixels(self, stacked: Tensor) -> Tensor:
         """Network inputs (N, C, H, W), channels last in memory, of uint8 pixels (N, H, W, C) on the device."""
-        return torch.addcmul(self._shift, stacked.permute(0, 3, 1, 2).float(), self._scale)
+        return torch.addcmul(self._shift, stacked.permute(0, 3, 1, 2).float(), self._scale).to(self._dtype)
 
     @staticmethod
     def stack(inputs: Sequence[NDArray[Any]]) -> list[tuple[list[int], NDArray[Any]]]:
@@ -68,7 +70,7 @@ class Normaliser:
 
     def to_network(self, stacked: Tensor) -> Tensor:
         """Normalised images (N, C, H, W)."""
-        return self.pixels(stacked) if stacked.dtype == torch.uint8 else stacked
+        return self.pixels(stacked) if stacked.dtype == torch.uint8 else stacked.to(self._dtype)
 
     def logits(self, network: Network, batch: Tensor) -> Tensor:
         """Of images."""
@@ -132,6 +134,8 @@ class Padder:
         return np.stack([ids, np.ones_like(ids)])
 
 
-def batching_for(spec: InputSpec | TokenSpec, device: torch.device) -> Batching:
+def batching_for(
+    spec: InputSpec | TokenSpec, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Batching:
     """What these inputs need."""
-    return Padder(spec) if isinstance(spec, TokenSpec) else Normaliser(spec, device)
+    return Padder(spec) if isinstance(spec, TokenSpec) else Normaliser(spec, device, dtype)

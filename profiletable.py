@@ -26,6 +26,7 @@ KINDS = ("subnet", "ensemble")
 COMBINATIONS = ("mean", "vote")
 MODES = ("parallel", "serial")
 MOST_MEMBERS = 8
+DTYPES = ("float32", "bfloat16", "float16")
 DEVICE_KINDS = ("cpu", "cuda", "synthetic")  # synthetic: made up, to be simulated and never served
 NOISE = 0.2  # a larger batch may be measured this much faster than a smaller one before the profile is refused
 LONGEST_S = 3600.0  # no batch takes an hour: a longer latency is a wrong unit or an infinity
@@ -83,6 +84,15 @@ class Ensemble:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class InDtype:
+    """How accurate a choice is when it computes with other numbers than float32, measured on the same images."""
+
+    dtype: str  # one of DTYPES
+    accuracy: float
+    test_accuracy: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
     """One row of choices.json: a subnet or ensemble and what is known of it on any device."""
 
@@ -95,6 +105,16 @@ class Choice:
     macs: int
     frontier: bool  # worth profiling on a device
     ensemble: Ensemble | None = None  # of the kind ensemble, and only of that
+    in_dtypes: tuple[InDtype, ...] = ()  # beside float32, where measured
+
+    def computed_in(self, dtype: str) -> Choice | None:
+        """The choice as accurate as it is in this dtype; None where that was not measured."""
+        if dtype == "float32":
+            return self
+        found = next((each for each in self.in_dtypes if each.dtype == dtype), None)
+        if found is None:
+            return None
+        return replace(self, accuracy=found.accuracy, test_accuracy=found.test_accuracy)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -410,8 +430,11 @@ class Corrections:
 # -------------------------------------------------------------------------------------------------- the profile's files
 
 
-def load_choices(folder: Path) -> tuple[Choice, ...]:
-    """The rows of the folder's choices.json; raises ProfileError, naming file and field, for anything amiss."""
+def load_choices(folder: Path, dtype: str = "float32") -> tuple[Choice, ...]:
+    """The rows of the folder's choices.json; raises ProfileError, naming file and field, for anything amiss.
+
+    For another ``dtype`` than float32, those that were measured in it, which all of the frontier must be.
+    """
     path = Path(folder) / "choices.json"
     with _naming(path):
         document = _read(path, ("choices",))
@@ -423,7 +446,17 @@ def load_choices(folder: Path) -> tuple[Choice, ...]:
                 subnet = subnet_of(member)
                 if subnet not in known or known[subnet].ensemble:
                     raise ProfileError(f"choices[{index}].ensemble.members: there is no subnet '{subnet}'")
-        return choices
+        return choices if dtype == "float32" else tuple(_computed_in(dtype, choices))
+
+
+def _computed_in(dtype: str, choices: Iterable[Choice]) -> Iterator[Choice]:
+    for index, choice in enumerate(choices):
+        found = choice.computed_in(dtype)
+        if found is not None:
+            yield found
+        elif choice.frontier:
+            how = f"scripts/profile_supernet.py --dtype {dtype} measures it"
+            raise ProfileError(f"choices[{index}].in_dtypes: no accuracy of {choice.name} in {dtype}; {how}")
 
 
 def load_latencies(path: Path, choices: Iterable[Choice], device: Device | None = None) -> ProfileTable:
@@ -451,10 +484,16 @@ def refuse_synthetic(folder: Path) -> None:
 def save_choices(folder: Path, choices: Iterable[Choice]) -> None:
     """Write the folder's choices.json, whole or not at all."""
     rows = [
-        {name: value for name, value in asdict(choice).items() if value is not None or name != "ensemble"}
+        {name: value for name, value in asdict(choice).items() if value or name not in ("ensemble", "in_dtypes")}
         for choice in choices
     ]
     _write(Path(folder) / "choices.json", {"schema": SCHEMA, "choices": rows})
+
+
+def measured_in(choice: Choice, found: InDtype) -> Choice:
+    """The choice with these figures too, in place of older ones in the same dtype."""
+    others = [each for each in choice.in_dtypes if each.dtype != found.dtype]
+    return replace(choice, in_dtypes=(*others, found))
 
 
 def save_latencies(path: Path, device: Device, batch_sizes: Sequence[int], latencies: Mapping[str, Latencies]) -> None:
@@ -510,7 +549,10 @@ def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def _parse_choice(value: object, where: str) -> Choice:
     kind = _text(_mapping(value, where).get("kind"), f"{where}.kind", KINDS)
-    row = _record(value, where, [spec.name for spec in fields(Choice) if spec.name != "ensemble" or kind == "ensemble"])
+    names = [spec.name for spec in fields(Choice) if spec.name not in ("ensemble", "in_dtypes")]
+    own = ["ensemble"] if kind == "ensemble" else []
+    row = _record(value, where, [*names, *own], optional=("in_dtypes",))
+    elsewhere = _array(row.get("in_dtypes", []), f"{where}.in_dtypes")
     tested, name = row["test_accuracy"], _text(row["name"], f"{where}.name")
     return Choice(
         name=name,
@@ -522,6 +564,17 @@ def _parse_choice(value: object, where: str) -> Choice:
         macs=_count(row["macs"], f"{where}.macs", 1),
         frontier=_flag(row["frontier"], f"{where}.frontier"),
         ensemble=_parse_ensemble(row["ensemble"], f"{where}.ensemble", name) if kind == "ensemble" else None,
+        in_dtypes=tuple(_parse_in_dtype(each, f"{where}.in_dtypes[{at}]") for at, each in enumerate(elsewhere)),
+    )
+
+
+def _parse_in_dtype(value: object, where: str) -> InDtype:
+    row = _record(value, where, [spec.name for spec in fields(InDtype)])
+    tested = row["test_accuracy"]
+    return InDtype(
+        dtype=_text(row["dtype"], f"{where}.dtype", DTYPES[1:]),
+        accuracy=_number(row["accuracy"], f"{where}.accuracy", 0, 1),
+        test_accuracy=None if tested is None else _number(tested, f"{where}.test_accuracy", 0, 1),
     )
 
 
@@ -572,16 +625,16 @@ def _parse_latencies(value: object, where: str) -> Latencies:
     )
 
 
-def _record(value: object, where: str, names: Sequence[str]) -> dict[str, object]:
-    """The value as an object with exactly these fields."""
+def _record(value: object, where: str, names: Sequence[str], optional: Sequence[str] = ()) -> dict[str, object]:
+    """The value as an object with exactly these fields, the optional ones if it has them."""
     row = _mapping(value, where)
     prefix = f"{where}." if where else ""
     for name in names:
         if name not in row:
             raise ProfileError(f"{prefix}{name}: missing")
     for name in row:
-        if name not in names:
-            raise ProfileError(f"{prefix}{name}: unknown field; the fields are {', '.join(names)}")
+        if name not in (*names, *optional):
+            raise ProfileError(f"{prefix}{name}: unknown field; the fields are {', '.join((*names, *optional))}")
     return row
 
 

@@ -36,9 +36,9 @@ def added(outputs: Tensor, residual: Tensor) -> Tensor:
 """,
     "accumulated": """
 def accumulated(outputs: Tensor, x: Tensor, matrix: Tensor) -> Tensor:
-    form = torch.channels_last
+    form, fits = torch.channels_last, x.size(1) == matrix.size(0)
     dense = outputs.is_contiguous(memory_format=form) and x.is_contiguous(memory_format=form)
-    if dense and outputs.size() == [x.size(0), matrix.size(1), x.size(2), x.size(3)]:
+    if dense and fits and outputs.size() == [x.size(0), matrix.size(1), x.size(2), x.size(3)]:
         pixels, inputs, channels = x.size(0) * x.size(2) * x.size(3), matrix.size(0), matrix.size(1)
         rows = x.as_strided([pixels, inputs], [inputs, 1])
         outputs.as_strided([pixels, channels], [channels, 1]).addmm_(rows, matrix)
@@ -47,7 +47,8 @@ def accumulated(outputs: Tensor, x: Tensor, matrix: Tensor) -> Tensor:
 """,
     "averaged": """
 def averaged(x: Tensor, keep: bool) -> Tensor:
-    if x.dim() != 4:
+    pixels = x.size(2) * x.size(3) if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) else 0
+    if pixels == 0 or pixels > 1024 or not x.is_floating_point():
         return x.mean([2, 3], keep)
     means = torch._C._nn.avg_pool2d(x, [x.size(2), x.size(3)])
     return means if keep else means.flatten(1)
@@ -80,8 +81,9 @@ class CannotWriteError(ValueError):
 class Program:
     """A function of tensors, with its weights; safe to call from several threads at once."""
 
-    def __init__(self, function: Callable[..., Tensor], weights: Sequence[Tensor]) -> None:
-        self._function, self._weights = function, torch._C.ScriptList(list(weights))
+    def __init__(self, function: Callable[..., Tensor], weights: list[Tensor]) -> None:
+        self._function = function
+        self._weights: Any = torch._C.ScriptList(weights)  # a list would be converted with each call
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """What the text says; raises RuntimeError with what torch said, and not where in the text."""

@@ -216,10 +216,11 @@ def _stored(name: str, value: Tensor) -> NDArray[Any]:
     return stored.numpy()
 
 
-def load_servable(folder: Path) -> Servable:
+def load_servable(folder: Path, dtype: str = "float32") -> Servable:
     """Read what ``save_servable`` wrote, on the CPU. SupernetError names the file and the field.
 
-    Executes nothing, except the networks of TorchScript files on a blank input, once they have been looked through.
+    ``dtype``: what it is to compute with, one of DTYPES (profiletable.py). Executes nothing, except the networks of
+    TorchScript files on a blank input, once they have been looked through.
     """
     path = folder / "supernet.json"
     try:
@@ -228,6 +229,8 @@ def load_servable(folder: Path) -> Servable:
         raise SupernetError(f"{path}: {_first_line(error)}") from error
     _load_weights(servable.supernet, folder / "weights.npz")
     _load_statistics(servable.supernet, folder / "norms.npz")
+    if dtype != "float32":
+        servable.supernet.to(torch.device("cpu"), getattr(torch, dtype))
     return servable
 
 

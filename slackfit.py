@@ -23,16 +23,19 @@ from typing import NamedTuple, Protocol
 
 from earlydrop import Arrivals, QueueView, Rest, Traffic, drop_early, drop_hopeless, largest_batch
 from profiletable import (
+    DTYPES,
     Choice,
     Device,
     DeviceMismatch,
     Entry,
+    InDtype,
     Latencies,
     ProfileError,
     ProfileTable,
     build_table,
     load_choices,
     load_latencies,
+    measured_in,
     save_choices,
     save_latencies,
     table_document,
@@ -40,11 +43,11 @@ from profiletable import (
 
 # With the names of the table and of early drop, so that whoever plans needs this module only.
 __all__ = [
-    "POLICIES", "Arrivals", "CheapestFirst", "Choice", "ClearFit", "Decision", "Device", "DeviceMismatch", "Entry",
-    "FixedSubnet", "HalfSLO", "Latencies", "MaxAccuracy", "MaxBatch", "PaceFit", "Policy", "PolicyError",
-    "ProfileError", "ProfileTable", "QueueView", "Rest", "SlackFit", "Traffic", "build_table", "drop_early",
-    "drop_hopeless", "largest_batch", "load_choices", "load_latencies", "make_policy", "save_choices",
-    "save_latencies", "table_document",
+    "DTYPES", "POLICIES", "Arrivals", "CheapestFirst", "Choice", "ClearFit", "Decision", "Device", "DeviceMismatch",
+    "Entry", "FixedSubnet", "HalfSLO", "InDtype", "Latencies", "MaxAccuracy", "MaxBatch", "PaceFit", "Policy",
+    "PolicyError", "ProfileError", "ProfileTable", "QueueView", "Rest", "SlackFit", "Traffic", "build_table",
+    "drop_early", "drop_hopeless", "largest_batch", "load_choices", "load_latencies", "make_policy", "measured_in",
+    "save_choices", "save_latencies", "table_document",
 ]  # fmt: skip
 
 

@@ -319,10 +319,10 @@ def check(config: Config) -> list[Finding]:
         findings += [Finding("warning", each) for each in exposures(config, connection_limits(config))]
     with _noting(findings):
         refuse_synthetic(config.profile)
-        servable = load_servable(config.profile)
+        servable = load_servable(config.profile, config.dtype)
         findings += [Finding("warning", each) for each in lacking(input_form(config, servable))]
     with _noting(findings):
-        choices = slackfit.load_choices(config.profile)
+        choices = slackfit.load_choices(config.profile, config.dtype)
     if choices is not None:
         with _noting(findings):
             check_policy(config.policy, choices, config.workers)

@@ -12,7 +12,7 @@ import functools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self, cast
+from typing import Any, Self, cast, overload
 from weakref import WeakValueDictionary
 
 import torch
@@ -54,7 +54,17 @@ class Convolution:
 
     def folded(self) -> Tensor:
         """The weight with its scale."""
-        return self.weight if self.scale is None else self.weight * self.scale
+        if self.scale is None:
+            return self.weight
+        return self.as_weights(self.weight.to(self.scale.dtype) * self.scale)
+
+    @overload
+    def as_weights(self, tensor: Tensor) -> Tensor: ...
+    @overload
+    def as_weights(self, tensor: Tensor | None) -> Tensor | None: ...
+    def as_weights(self, tensor: Tensor | None) -> Tensor | None:
+        """Bias or scale as the kernels take it: of the type of the weight."""
+        return None if tensor is None else tensor.to(self.weight.dtype)
 
     @property
     def pointwise(self) -> bool:
@@ -177,7 +187,7 @@ class Call(Step):
 
 
 class Average(Step):
-    """The mean of each channel's pixels, by a kernel that pools: faster than one that reduces."""
+    """The mean of each channel's pixels: of few, a kernel that pools is faster than one that reduces."""
 
     def __init__(self, keep: bool) -> None:
         """``keep``: as one pixel."""
@@ -195,10 +205,11 @@ class Convolve(Step):
         """``activation``: none or relu."""
         super().__init__("convolution")
         self._layer, self._activation, self.slice = layer, activation, layer.slice
-        self._bias = torch.zeros(layer.weight.shape[0]) if layer.bias is None else layer.bias
+        weight, bias = layer.weight, layer.bias
+        self._bias = weight.new_zeros(weight.shape[0]) if bias is None else layer.as_weights(bias)
         if layer.suits_kernels:
-            self.packed_nbytes = _packed_nbytes(tuple(layer.weight.shape), *layer.form)
-        self._scale = layer.scale  # that is still to be applied
+            self.packed_nbytes = _packed_nbytes(weight.dtype, tuple(weight.shape), *layer.form)
+        self._scale = layer.as_weights(layer.scale)  # that is still to be applied
         self._pack: Pack | None = None
 
     def written(self, arguments: Sequence[str], hold: Hold, many: bool) -> str:  # noqa: D102
@@ -260,7 +271,8 @@ class ConvolveNarrowly(Convolve):
         super().__init__(layer, activation)
         outputs, inputs, height, self._width = layer.weight.shape
         self._form = layer.padding, (1, 2), (1, 1), 1
-        self.packed_nbytes = _packed_nbytes((2 * outputs, inputs, height, self._width + 1), *self._form)
+        pairs = 2 * outputs, inputs, height, self._width + 1
+        self.packed_nbytes = _packed_nbytes(layer.weight.dtype, pairs, *self._form)
         self._pairs, self.slice = cast("tuple[Tensor, Tensor] | None", None), None
 
     @staticmethod
@@ -295,8 +307,8 @@ class ConvolveAndAdd(Convolve):
         self._reach = [dilation * (size - 1) + 1 - 2 * padding for size, dilation, padding in spans]
 
     def joined(self, multiply: Multiply) -> ConvolveAndMultiply | None:
-        """One step that also computes the residual, which this one gives; None where that does not suit."""
-        if multiply.layer.weight.shape[0] != len(self._bias):
+        """A step that does both: this one's work, and that of the step that gives the residual; None if it cannot."""
+        if multiply.layer.weight.shape[0] != len(self._bias) or not self._layer.suits_kernels:
             return None
         return ConvolveAndMultiply(self._layer, self._activation, multiply.layer)
 
@@ -372,17 +384,18 @@ class Multiply(Step):
     def __init__(self, layer: Convolution) -> None:
         super().__init__("pointwise")
         self.layer, self._matrix = layer, cast("Tensor | None", None)
-        self.packed_nbytes = 4 * layer.weight.numel()
+        self.packed_nbytes = layer.weight.nbytes
 
     def written(self, arguments: Sequence[str], hold: Hold, many: bool) -> str:  # noqa: D102
         pixels, bias = f"{arguments[0]}.permute([0, 2, 3, 1])", self.layer.bias
-        shift = "None" if bias is None else hold(bias)
+        shift = "None" if bias is None else hold(self.layer.as_weights(bias))
         return f"torch._C._nn.linear({pixels}, {self.matrix(hold)}, {shift}).permute([0, 3, 1, 2])"
 
     def matrix(self, hold: Hold, across: bool = False) -> str:
         """The expression of what it multiplies by: outputs, inputs; or, ``across``, inputs, outputs."""
-        weight, scale = self.layer.weight.flatten(1) if self._matrix is None else self._matrix, self.layer.scale
-        factors = [weight] if scale is None or self._matrix is not None else [weight, scale.flatten(1)]
+        weight, scale = self.layer.weight.flatten(1), self.layer.as_weights(self.layer.scale)
+        factors = [weight] if scale is None else [weight, scale.flatten(1)]
+        factors = factors if self._matrix is None else [self._matrix]
         return f"({' * '.join(hold(each.t() if across else each) for each in factors)})"
 
     def packed(self, larder: Larder) -> Multiply:  # noqa: D102
@@ -403,6 +416,6 @@ def _packed(weight: Tensor, *form: Any) -> Tensor:
 
 
 @functools.cache
-def _packed_nbytes(shape: tuple[int, ...], *form: Any) -> int:
+def _packed_nbytes(dtype: torch.dtype, shape: tuple[int, ...], *form: Any) -> int:
     """What a convolution's weight takes in the kernels' layout, which fills channels up to whole vectors."""
-    return int(torch.ops.mkldnn._nbytes(_packed(torch.zeros(shape), *form)))
+    return int(torch.ops.mkldnn._nbytes(_packed(torch.zeros(shape, dtype=dtype), *form)))

@@ -241,13 +241,28 @@ class Supernet:
         return next(self.network.parameters()).device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are kept in, and computed with."""
+        slices = self.operators.weight_slices
+        weights = (each.weight for each in slices) if slices else self.network.parameters()
+        return next(iter(weights)).dtype
+
+    @property
     def nbytes(self) -> int:
         """Size of the shared weights; statistics of the subnets come on top."""
         return sum(parameter.nbytes for parameter in self.network.parameters())
 
-    def to(self, device: torch.device) -> None:
-        """Move weights and statistics to a device; forgets what was actuated before."""
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        """Move weights and statistics to a device; forgets what was actuated before.
+
+        With ``dtype`` the weights are kept in it from now on; norms and statistics stay as precise as they are, as
+        they take little and computing with them is exact where inputs are less precise.
+        """
         self.network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if dtype is not None:
+            for module in self.network.modules():
+                if not isinstance(module, SubnetNorm | nn.modules.batchnorm._BatchNorm):
+                    _cast(module, dtype)
         self.statistics = {subnet: flat.to(device) for subnet, flat in self.statistics.items()}
         self.forget()
 
@@ -395,6 +410,13 @@ class Supernet:
             if id(operator) in running:
                 settings[operator.slot] = operator.settings(subnet)
         return tuple(settings)
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """What the module itself holds, and not those within it."""
+    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
 
 
 def _check_depths(elastic: Elastic, space: Space) -> None:

@@ -106,11 +106,11 @@ class SuperServe:
         self._draining = False
         self._starting: asyncio.Task[None] | None = None
         refuse_synthetic(self.config.profile)
-        self._servable = load_servable(self.config.profile)
+        self._servable = load_servable(self.config.profile, self.config.dtype)
         self.form = startup.input_form(self.config, self._servable)
         for lack in startup.lacking(self.form):
             log_event("no tokenizer", logging.WARNING, why=lack)
-        self._choices = slackfit.load_choices(self.config.profile)
+        self._choices = slackfit.load_choices(self.config.profile, self.config.dtype)
         startup.check_policy(self.config.policy, self._choices, self.config.workers)
         startup.check_statistics(self.config.profile, self._choices, self._servable)
         self.engine = startup.start_engine(self.config, self._servable, self._choices)

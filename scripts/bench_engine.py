@@ -66,7 +66,6 @@ from engine import CHUNK, Engine
 from executables import CannotFuseError, ExecutableCache, trace
 from scripts.bench_supernet import memory, tensor_bytes
 from servable import Servable, load_servable
-from steps import Larder
 from supernet import Supernet, SupernetError
 
 TOLERANCE, WARM_UP, FEWEST = 1e-4, 3, 3  # the latter two in rounds
@@ -101,7 +100,7 @@ def networks_of(
     with warnings.catch_warnings(action="ignore"):  # that torch.jit and this exporter have successors
         compiled, exported = compiled_of(extracted, x), exported_of(extracted, x)
     weights = tensor_bytes([*extracted.parameters(), *extracted.buffers()])
-    alone = sum(shared.needs(Larder()).values())
+    alone = sum(part.packed_nbytes for step in shared.steps for part in step.parts)
     sizes = {"packed_bytes": alone, "extracted_bytes": weights, "onnx_bytes": len(exported)}
     executables = {"budget0": partial(in_parts, shared), "default": partial(in_parts, default)}
     separate = {"extracted_eager": extracted, "extracted_compiled": compiled}
@@ -232,7 +231,7 @@ def resident_bytes() -> int | None:
 
 def resident_with(budget: str, profile: Path, names: Sequence[str], seed: int) -> int | None:
     """Resident memory of this process with an engine that got these subnets ready within a budget, and ran them."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # more of them would only add memory of their own
     servable = load_servable(profile)
     nbytes = Config(memory_budget=budget).memory_budget_bytes(servable.supernet.nbytes)
     engine = Engine(servable, "cpu", memory_budget=nbytes)

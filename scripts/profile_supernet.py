@@ -6,6 +6,9 @@ training images and never trained on. By one half of them the frontier is chosen
 measured that the profile states: among many candidates, those are chosen that chance has favoured too. The test images
 only report. Writes norms.npz, choices.json and a latency table; continues an interrupted search from search.jsonl.
 
+With --dtype, what there is computes with other numbers than float32 from now on: the accuracy of all choices on the
+frontier is measured anew, as the server computes them, on the same images, and so are the latencies.
+
 With --ensembles, pairs and triples of the subnets on the frontier that extend it become choices too, in place of those
 there were; with --ensembles-only, the subnets and their accuracies stay as they are (docs/ensembles.md).
 
@@ -13,6 +16,7 @@ there were; with --ensembles-only, the subnets and their accuracies stay as they
     python scripts/profile_supernet.py --data ../shared/data/cifar10_jpeg.npz --profile profiles/cifar10
     python scripts/profile_supernet.py --data digits --profile profiles/digits --ensembles-only
     python scripts/profile_supernet.py --profile profiles/cifar10 --latency-only
+    python scripts/profile_supernet.py --data cifar10_jpeg.npz --profile profiles/cifar10 --dtype bfloat16
 """
 
 from __future__ import annotations
@@ -23,7 +27,8 @@ import json
 import os
 import random
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -37,6 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import slackfit
 from config import Config
 from engine import Engine, measure_latencies
+from profiletable import Ensemble
 from scripts import datasets
 from scripts.ensemble_search import find_ensembles
 from scripts.frontiers import Candidate, confirmed, frontier, thinned
@@ -161,6 +167,35 @@ def _test_accuracy(servable: Servable, name: str, data: datasets.Dataset) -> flo
     return round(accuracy(servable, servable.supernet.space.parse(name), data.test), 4)
 
 
+def write_accuracies(engine: Engine, data: datasets.Dataset, folder: Path) -> None:
+    """Measure all choices on the frontier as this engine computes them, and write that into choices.json."""
+    choices, dtype = slackfit.load_choices(folder), engine.facts.dtype
+    confirming = datasets.Split(data.validation.images[1::2], data.validation.labels[1::2])
+    measured = {}
+    with tqdm([each.name for each in choices if each.frontier], desc=dtype, unit="choice", disable=None) as names:
+        for name in names:
+            accuracy, tested = (served_accuracy(engine, name, split) for split in (confirming, data.test))
+            measured[name] = slackfit.InDtype(dtype=dtype, accuracy=accuracy, test_accuracy=tested)
+    with_these = (slackfit.measured_in(each, measured[each.name]) if each.frontier else each for each in choices)
+    slackfit.save_choices(folder, with_these)
+
+
+def served_accuracy(engine: Engine, name: str, split: datasets.Split) -> float:
+    """Part of the images that a subnet or ensemble classifies correctly, as the engine runs it."""
+    largest = PROFILED_BATCH_SIZES[-1]
+
+    async def right() -> int:
+        await engine.prepare([name])
+        count = 0
+        for first in range(0, len(split), largest):
+            batch = slice(first, first + largest)
+            outputs = await engine.run(name, list(split.images[batch]))
+            count += int((outputs.probabilities.argmax(1) == split.labels[batch]).sum())
+        return count
+
+    return round(asyncio.run(right()) / len(split), 4)
+
+
 def write_latencies(engine: Engine, names: Sequence[str], folder: Path, rounds: int) -> Path:
     """Measure the frontier's latencies and write the table for this device."""
     device = slackfit.Device(**asdict(engine.facts))
@@ -177,7 +212,7 @@ async def _measured(engine: Engine, names: Sequence[str], rounds: int) -> dict[s
 
 def report(folder: Path, path: Path, device: slackfit.Device) -> dict[str, object]:
     """Print the frontier as a table; returns it for the closing JSON line."""
-    choices = slackfit.load_choices(folder)
+    choices = slackfit.load_choices(folder, device.dtype)
     table = slackfit.load_latencies(path, choices, device)
     print(f"\n{'subnet':<28}{'validation':>11}{'test':>8}{'MMACs':>8}  latency p99 in ms at batch 1, 16, 64")
     for entry in table.entries:
@@ -197,12 +232,27 @@ def check_data(data: datasets.Dataset, servable: Servable) -> None:
         raise ValueError(f"{data.name} has {len(data.classes)} classes, the network {len(servable.classes)}")
 
 
-def choose(options: argparse.Namespace, servable: Servable, engine: Engine) -> None:
-    """Search for subnets, ensembles or both, and write choices.json."""
+def choose(options: argparse.Namespace, servable: Servable, make_engine: Callable[..., Engine]) -> None:
+    """Search for subnets, ensembles or both, or measure those there are in another dtype; write choices.json."""
     if not isinstance(servable.input, InputSpec):
         raise ValueError(f"{options.profile} takes texts; scripts/profile_texts.py measures those")
     data, folder = datasets.load(options.data, servable.input.height), options.profile
     check_data(data, servable)
+    with closing(make_engine(ensembles=ensembles_of(folder) if options.dtype != "float32" else ())) as engine:
+        if options.dtype != "float32":
+            write_accuracies(engine, data, folder)
+        else:
+            search_all(options, servable, data, engine)  # the engine holds all that it looks at
+
+
+def ensembles_of(folder: Path) -> list[Ensemble]:
+    """All that are among the choices."""
+    return [choice.ensemble for choice in slackfit.load_choices(folder) if choice.ensemble]
+
+
+def search_all(options: argparse.Namespace, servable: Servable, data: datasets.Dataset, engine: Engine) -> None:
+    """Search for subnets, ensembles or both, and write choices.json."""
+    folder = options.profile
     if not options.ensembles_only:
         search = Search(servable, data, engine, folder, options.batch_size)
         write_choices(servable, data, search.run(options.candidates, options.seed), folder, options.most)
@@ -220,6 +270,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--batch-size", type=int, default=16, help="batch size of the search's latencies (default: 16)")
     parser.add_argument("--rounds", type=int, default=60, help="measurements per subnet and batch size (default: 60)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--dtype", choices=slackfit.DTYPES, default="float32",
+        help="measure what there is in these numbers (default: float32, in which all starts)",
+    )  # fmt: skip
     parser.add_argument("--workers", type=int, default=1, help="batches in flight while measuring, as in serving")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads per worker; 0: as the server chooses")
     parser.add_argument("--seed", type=int, default=0, help="of the search")
@@ -233,6 +287,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     what.add_argument("--ensembles-only", action="store_true", help="look for ensembles of the subnets there are")
     what.add_argument("--latency-only", action="store_true", help="only measure this device's latencies")
     options = parser.parse_args(arguments)
+    if options.dtype != "float32" and (options.ensembles or options.ensembles_only):
+        parser.error("ensembles are looked for in float32; --dtype measures those there are")
     if not options.latency_only and options.data is None:
         parser.error("--data is needed, except with --latency-only")
     return options
@@ -244,18 +300,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     threads = Config(workers=options.workers, threads=options.threads).threads_per_worker
     torch.set_num_threads(max(threads, os.cpu_count() or 1))  # of this thread, which computes accuracies
     try:
-        servable = load_servable(options.profile)
+        servable = load_servable(options.profile, options.dtype)
         make_engine = partial(Engine, servable, options.device, workers=options.workers, threads=threads)
         if not options.latency_only:
-            searching = make_engine()  # holds all that it looks at
-            choose(options, servable, searching)
-            searching.close()
-        choices = slackfit.load_choices(options.profile)
-        names = [choice.name for choice in choices if choice.frontier]
+            choose(options, servable, make_engine)
+        names = [each.name for each in slackfit.load_choices(options.profile, options.dtype) if each.frontier]
         # As the server runs them: with what its default budget holds.
         engine = make_engine(
             memory_budget=Config().memory_budget_bytes(servable.supernet.nbytes),
-            ensembles=[choice.ensemble for choice in choices if choice.ensemble],
+            ensembles=ensembles_of(options.profile),
         )
         path = write_latencies(engine, names, options.profile, options.rounds)
         print(json.dumps(report(options.profile, path, slackfit.Device(**asdict(engine.facts)))))

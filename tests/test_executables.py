@@ -25,7 +25,7 @@ from config import Config, ConfigError
 from engine import CHUNK, Engine
 from executables import CannotFuseError, Executable, ExecutableCache, trace
 from programs import Program
-from steps import Convolution, Convolve, ConvolveNarrowly, Larder, Step
+from steps import Convolution, Convolve, ConvolveAndAdd, ConvolveNarrowly, Larder, Multiply, Step
 from supernet import ActuatedSubnet, Subnet, SubnetSpace, Supernet
 
 BATCHES = (1, 2, 5, 17)
@@ -197,6 +197,10 @@ FORMS: dict[str, Callable[[Block, Tensor], Tensor]] = {
     "relu of what is used again": lambda b, x: _used_again(b.norm1(b.conv1(x))),
     "mean of pixels": lambda b, x: b.conv1(x) + x.mean((2, 3))[..., None, None],
     "mean of pixels by a function": lambda b, x: b.conv1(x) + torch.mean(b.conv2(x), (2, 3))[..., None, None],
+    "mean of pixels from the end": lambda b, x: b.conv1(x) + x.mean((-1, -2))[..., None, None],
+    "mean of the last two of five dimensions": lambda b, x: x + b.conv1(x).unflatten(1, (2, 4)).mean((-1, -2)).mean(),
+    "mean of the last two of three dimensions": lambda b, x: x + b.conv1(x).flatten(2).mean((-1, -2)).mean(),
+    "mean of pixels that lie far apart": lambda b, x: b.conv1(x) + x.transpose(2, 3).mean((2, 3), keepdim=True),
     "mean of two of five dimensions": lambda b, x: b.conv1(x) + x.unsqueeze(2).mean((2, 3)).unsqueeze(2),
     "other activations": lambda b, x: F.hardswish(b.conv1(x)) * F.hardsigmoid(x) + F.silu(b.norm1(b.conv2(x))),
     "modules of other activations": lambda b, x: b.swish(b.norm1(b.conv1(x))) + b.swish(b.conv2(x)),
@@ -277,12 +281,13 @@ class Repeated(nn.Module):
         nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, groups=3), nn.BatchNorm2d(3), nn.Conv2d(3, 8, 1), nn.ReLU()),
         nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect", bias=False), nn.BatchNorm2d(8), nn.ReLU()),
         nn.Sequential(nn.Conv2d(3, 8, 3, 2, 2, dilation=2), nn.AvgPool2d(2, 1), nn.Dropout(), nn.BatchNorm2d(8)),
+        nn.Sequential(nn.Conv2d(3, 8, 1, 2, (0, 1), dilation=2), nn.ReLU()),
         nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(4), nn.GELU()),
         nn.Sequential(
             nn.PixelUnshuffle(2), nn.Conv2d(12, 8, 1), nn.ReLU(), nn.PixelShuffle(2), nn.BatchNorm2d(2), Repeated(4)
         ),
     ],
-    ids=["grouped", "reflecting", "dilated", "adaptive", "shuffled"],
+    ids=["grouped", "reflecting", "dilated", "dilated pixels", "adaptive", "shuffled"],
 )
 def test_stems_of_any_form_are_computed_as_written(stem: nn.Module) -> None:
     assert_executable(actuated(FORMS["residual"], stem))
@@ -452,6 +457,33 @@ def test_of_deep_networks_only_those_that_are_packed_are_one_program(monkeypatch
     assert not isinstance(shared.write(many=True), Program)
     assert isinstance(shared.packed().write(many=True), Program)
     assert_executable(subnet)
+
+
+def test_a_program_counts_only_where_there_is_one_and_something_to_pack(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("executables.DEEP", 2)
+    stepwise = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(4), nn.GELU())
+    executable = trace(actuated(FORMS["residual"], stepwise)).packed()
+    assert executable.nbytes == sum(pack.nbytes for pack in executable.packs)
+    pooled = nn.Sequential(nn.AvgPool2d(2), nn.AvgPool2d(2), nn.AvgPool2d(2), nn.ReLU())
+    assert packed_nbytes(trace(actuated(lambda b, x: F.relu(x + x.mean()), pooled))) == 0
+
+
+def test_too_many_channels_are_an_error_and_not_read_as_more_pixels() -> None:
+    def form(block: Block, x: Tensor) -> Tensor:
+        return F.relu(block.norm1(block.conv1(x)) + block.norm2(block.point2(torch.cat([x, x], 1))))
+
+    shared = trace(actuated(form))
+    for run in (shared, shared.packed()):
+        for count in (1, 2):
+            with pytest.raises(RuntimeError, match=r"mat1|shape|size"):
+                outputs(run, count)
+
+
+def test_a_shortcut_beside_a_convolution_that_the_kernels_do_not_suit_is_packed_alone() -> None:
+    plain = Convolution(torch.ones(4, 1, 3, 3), None, (1, 2), (1, 1), (1, 1), 4)
+    shortcut = Multiply(Convolution(torch.ones(4, 4, 1, 1), None, (1, 1), (0, 0), (1, 1)))
+    assert not plain.suits_kernels
+    assert ConvolveAndAdd(plain, "relu").joined(shortcut) is None
 
 
 def test_the_program_of_a_deep_network_counts_as_held(monkeypatch: pytest.MonkeyPatch) -> None:
