@@ -27,7 +27,7 @@ import json
 import os
 import random
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
@@ -232,17 +232,16 @@ def check_data(data: datasets.Dataset, servable: Servable) -> None:
         raise ValueError(f"{data.name} has {len(data.classes)} classes, the network {len(servable.classes)}")
 
 
-def choose(options: argparse.Namespace, servable: Servable, make_engine: Callable[..., Engine]) -> None:
+def choose(options: argparse.Namespace, servable: Servable, engine: Engine) -> None:
     """Search for subnets, ensembles or both, or measure those there are in another dtype; write choices.json."""
     if not isinstance(servable.input, InputSpec):
         raise ValueError(f"{options.profile} takes texts; scripts/profile_texts.py measures those")
     data, folder = datasets.load(options.data, servable.input.height), options.profile
     check_data(data, servable)
-    with closing(make_engine(ensembles=ensembles_of(folder) if options.dtype != "float32" else ())) as engine:
-        if options.dtype != "float32":
-            write_accuracies(engine, data, folder)
-        else:
-            search_all(options, servable, data, engine)  # the engine holds all that it looks at
+    if options.dtype != "float32":
+        write_accuracies(engine, data, folder)
+    else:
+        search_all(options, servable, data, engine)
 
 
 def ensembles_of(folder: Path) -> list[Ensemble]:
@@ -303,7 +302,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         servable = load_servable(options.profile, options.dtype)
         make_engine = partial(Engine, servable, options.device, workers=options.workers, threads=threads)
         if not options.latency_only:
-            choose(options, servable, make_engine)
+            found = ensembles_of(options.profile) if options.dtype != "float32" else ()
+            with closing(make_engine(ensembles=found)) as searching:  # holds all that it looks at
+                choose(options, servable, searching)
         names = [each.name for each in slackfit.load_choices(options.profile, options.dtype) if each.frontier]
         # As the server runs them: with what its default budget holds.
         engine = make_engine(

@@ -50,7 +50,7 @@ def test_every_setting_has_a_flag_that_sets_it() -> None:
         "hang_timeout_s": 11.5, "memory_budget": "2.5x", "api_key_file": Path("keys"), "tls_cert": Path("cert.pem"),
         "tls_key": Path("key.pem"), "allow_origin": "https://example.com", "max_connections": 12,
         "max_header_bytes": 4096, "max_upload_bytes": 13, "header_timeout_s": 14.5, "body_timeout_s": 15.5,
-        "idle_timeout_s": 16.5, "max_queue_bytes": 17,
+        "idle_timeout_s": 16.5, "max_queue_bytes": 17, "dtype": "bfloat16",
     }  # fmt: skip
     switches = ["autoprofile", "correction", "open_metrics"]
     arguments = ["--no-" + name.replace("_", "-") for name in switches]

@@ -37,6 +37,7 @@ from workers import HungError
 
 LARGEST, SMALLEST, UNCALIBRATED = SPACE.largest.name, SPACE.smallest.name, "d1-2-1-e0.5"
 Input = NDArray[Any]
+TOGETHER = Ensemble(members=(LARGEST, SMALLEST), combination="mean", weights=(0.5, 0.5))
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +92,33 @@ async def test_batches_of_mixed_forms_keep_their_order(engine: Engine, pattern: 
     outputs = await engine.run(LARGEST, inputs)
     np.testing.assert_allclose(outputs.probabilities, expected(engine, LARGEST, inputs), atol=1e-5)
     assert len(np.unique(outputs.probabilities.round(6), axis=0)) == len(pattern), "inputs are told apart"
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor computes no bfloat16")
+@pytest.mark.parametrize("budget", [0, math.inf])
+async def test_an_engine_computes_in_the_dtype_of_the_weights_nearly_as_in_float32(budget: float) -> None:
+    servable, exact = tiny_servable(), Engine(tiny_servable(), "cpu", ensembles=[TOGETHER])
+    nbytes = servable.supernet.nbytes
+    servable.supernet.to(torch.device("cpu"), torch.bfloat16)
+    engine = Engine(servable, "cpu", memory_budget=budget, ensembles=[TOGETHER])
+    assert (engine.facts.dtype, exact.facts.dtype) == ("bfloat16", "float32")
+    assert servable.supernet.nbytes < 0.6 * nbytes
+    await engine.prepare([LARGEST, SMALLEST])
+    for name in (LARGEST, SMALLEST, TOGETHER.name):
+        for inputs in (pixels(1), [*pixels(2), normalised(pixels(1, 3)[0])]):
+            given, there = await engine.run(name, inputs), await exact.run(name, inputs)
+            assert given.probabilities.dtype == np.float32
+            assert 0 < np.abs(given.probabilities - there.probabilities).max() < 0.02
+    for each in (engine, exact):
+        each.close()
+
+
+def test_a_processor_without_kernels_for_a_dtype_is_told_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False)
+    servable = tiny_servable()
+    servable.supernet.to(torch.device("cpu"), torch.float16)
+    with pytest.raises(EngineError, match="this cpu does not compute with float16; float32 it always does"):
+        Engine(servable, "cpu")
 
 
 async def test_results_finish_after_they_were_asked_for(engine: Engine) -> None:

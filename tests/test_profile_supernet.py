@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 from fixtures_supernet import SPACE, digits, noise, tiny_servable, trained_digits
 from hypothesis import given
 from hypothesis import strategies as st
@@ -124,6 +125,34 @@ def test_latencies_can_be_measured_alone(profile: Path, tmp_path: Path) -> None:
         ["--profile", str(folder), "--latency-only", "--device", "cpu", "--threads", "1", "--rounds", "2"]
     )
     assert len(list(folder.glob("latency-cpu-*.json"))) == 1
+
+
+BFLOAT16 = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor computes no bfloat16"
+)
+
+
+@BFLOAT16
+@pytest.mark.slow
+def test_another_dtype_is_measured_on_the_frontier_and_served_with_its_accuracies(
+    profile: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "bfloat16"
+    shutil.copytree(profile, folder)
+    profile_supernet.main(arguments(folder, "--dtype", "bfloat16"))
+    before, after = slackfit.load_choices(profile), slackfit.load_choices(folder)
+    assert [replace(each, in_dtypes=()) for each in after] == list(before)
+    assert all(bool(each.in_dtypes) == each.frontier for each in after)
+    served, data = slackfit.load_choices(folder, "bfloat16"), digits()
+    servable = load_servable(folder, "bfloat16")
+    for choice in served:
+        right = profile_supernet.served_accuracy(Engine(servable, "cpu"), choice.name, data.test)
+        assert choice.test_accuracy == pytest.approx(right, abs=0.004)
+    (file,) = folder.glob("latency-cpu-*-bfloat16.json")
+    table = slackfit.load_latencies(file, served)
+    assert table.device is not None
+    assert table.device.dtype == "bfloat16"
+    assert {each.accuracy for each in table.entries} <= {each.accuracy for each in served}
 
 
 @pytest.mark.slow
@@ -252,6 +281,12 @@ def test_data_is_needed_for_a_search(tmp_path: Path, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit):
         profile_supernet.main(["--profile", str(tmp_path)])
     assert "--data is needed, except with --latency-only" in capsys.readouterr().err
+
+
+def test_ensembles_are_looked_for_in_float32_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        profile_supernet.main(["--profile", str(tmp_path), "--data", "digits", "--dtype", "float16", "--ensembles"])
+    assert "ensembles are looked for in float32" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_supernet_is_named(tmp_path: Path) -> None:

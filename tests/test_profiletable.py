@@ -23,12 +23,14 @@ from profiletable import (
     DeviceMismatch,
     Ensemble,
     Entry,
+    InDtype,
     Latencies,
     ProfileError,
     ProfileTable,
     build_table,
     load_choices,
     load_latencies,
+    measured_in,
     save_choices,
     save_latencies,
     table_document,
@@ -285,6 +287,59 @@ def test_an_ensemble_is_written_as_it_was_read(tmp_path: Path) -> None:
     save_choices(tmp_path, choices)
     assert load_choices(tmp_path) == choices
     assert "ensemble" not in json.loads((tmp_path / "choices.json").read_text())["choices"][0]
+
+
+IN_BFLOAT16 = {"dtype": "bfloat16", "accuracy": 0.45, "test_accuracy": 0.4}
+
+
+def in_bfloat16(*indices: int) -> str:
+    """The choices, those at these positions measured in bfloat16 too."""
+    choices = copy.deepcopy(CHOICES["choices"])
+    for index in indices:
+        choices[index]["in_dtypes"] = [IN_BFLOAT16]
+    return json.dumps({**CHOICES, "choices": choices})
+
+
+def test_choices_are_as_accurate_as_in_the_dtype_that_is_asked_for(tmp_path: Path) -> None:
+    choices = read_choices(tmp_path, in_bfloat16(0, 1))
+    assert [choice.accuracy for choice in choices] == [0.5, 0.7, 0.6]
+    served = load_choices(tmp_path, "bfloat16")
+    assert [(each.name, each.accuracy, each.test_accuracy) for each in served] == [("a", 0.45, 0.4), ("b", 0.45, 0.4)]
+    save_choices(tmp_path, choices)
+    assert load_choices(tmp_path) == choices
+    assert "in_dtypes" not in json.loads((tmp_path / "choices.json").read_text())["choices"][2]
+
+
+def test_all_of_the_frontier_must_have_been_measured_in_it(tmp_path: Path) -> None:
+    read_choices(tmp_path, in_bfloat16(0))
+    message = r"choices\[1\]\.in_dtypes: no accuracy of b in bfloat16; scripts/profile_supernet\.py --dtype bfloat16"
+    with pytest.raises(ProfileError, match=message):
+        load_choices(tmp_path, "bfloat16")
+
+
+def test_what_is_measured_again_replaces_the_older_figures(tmp_path: Path) -> None:
+    (choice, *_) = read_choices(tmp_path, in_bfloat16(0))
+    newer, other = (InDtype(dtype=each, accuracy=0.48, test_accuracy=None) for each in ("bfloat16", "float16"))
+    assert measured_in(measured_in(choice, newer), other).in_dtypes == (newer, other)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("dtype", "float32", "must be bfloat16 or float16, not 'float32'"),
+        ("dtype", "int8", "must be bfloat16 or float16, not 'int8'"),
+        ("accuracy", 45, "must be a number from 0 to 1, not 45"),
+        ("test_accuracy", "high", "must be a number from 0 to 1, not 'high'"),
+        ("test_accuracy", MISSING, "missing"),
+    ],
+)
+def test_an_impossible_figure_in_another_dtype_is_refused(
+    tmp_path: Path, field: str, value: object, message: str
+) -> None:
+    document = json.loads(in_bfloat16(0))
+    text = edited(document, ["choices", 0, "in_dtypes", 0, field], value)
+    with pytest.raises(ProfileError, match=re.escape(f"choices[0].in_dtypes[0].{field}: {message}")):
+        read_choices(tmp_path, text)
 
 
 @pytest.mark.parametrize(

@@ -524,6 +524,20 @@ def test_moving_forgets_views_and_keeps_results() -> None:
     assert {part.device.type for part in moved} == {"meta"}
 
 
+def test_weights_are_kept_in_another_dtype_and_norms_as_precise_as_they_are() -> None:
+    supernet, x = tiny_servable().supernet, images(2)
+    expected = supernet.actuate(SPACE.smallest)(x)
+    assert supernet.dtype == torch.float32
+    supernet.to(torch.device("cpu"), torch.bfloat16)
+    assert supernet.dtype == supernet.network.classifier.weight.dtype == torch.bfloat16
+    for norm in supernet.operators.subnet_norms:
+        assert norm.running_var.dtype == norm.weight.dtype == torch.float32
+    assert {flat.dtype for flat in supernet.statistics.values()} == {torch.float32}
+    logits = supernet.actuate(SPACE.smallest)(x.bfloat16())
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits.float(), expected, rtol=0, atol=0.1)
+
+
 def test_an_extracted_network_owns_its_weights() -> None:
     supernet, x = double_supernet(), images(2, dtype=torch.float64)
     extracted = supernet.extract(MIDDLE)
