@@ -31,7 +31,11 @@ WARM_UP_RUNS = 2
 
 
 # How torch, the libraries below it and the allocators of a CPU say it, where they have no class for it.
-_OUT_OF_MEMORY = ("out of memory", "STATUS_ALLOC_FAILED", "not enough memory", "allocate memory", "bad_alloc")
+# cuDNN without room for a workspace finds no engine, and says no more (github.com/pytorch/pytorch/issues/108645).
+_OUT_OF_MEMORY = (
+    "out of memory", "STATUS_ALLOC_FAILED", "ALLOCATION_FAILED", "not enough memory", "allocate memory", "bad_alloc",
+    "unable to find an engine to execute this computation",
+)  # fmt: skip
 
 
 def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
@@ -153,10 +157,12 @@ class GraphCache:
                 self._sizes = tuple(each for each in self._sizes if each < size)
 
     def _try(self, network: Network, size: int) -> _Outcome:
-        before = self._pool.nbytes
         outcome = self._capture(network, size)
-        if outcome is not _Outcome.HELD and (self._pool.nbytes > before or not self._graphs):
-            self._capture_anew()  # a pool gives nothing back while a graph uses it, and cannot be used again after that
+        if outcome is not _Outcome.HELD:
+            # A pool gives nothing back while a graph uses it, and after a capture that failed torch may not let it be
+            # used again. With a graph that is destroyed, torch from 2.12 on frees workspaces of cuBLAS that others of
+            # its stream go on using (github.com/pytorch/pytorch/issues/193402).
+            self._capture_anew()
         return outcome
 
     def _capture(self, network: Network, size: int) -> _Outcome:
@@ -170,13 +176,24 @@ class GraphCache:
         return _Outcome.HELD
 
     def _capture_anew(self) -> None:
-        """Capture what is held again, in a new pool: as large as the old one was before the last attempt."""
+        """Capture what is held again, in a new pool: as large as the old one was before the last attempt.
+
+        What can no longer be captured is given up, and the others are captured once more: it may have spoiled them.
+        """
         kept = [(network, size) for network, graphs in self._graphs.items() for size in graphs]
+        while (failing := self._recapture(kept)) is not None:
+            kept.remove(failing)
+
+    def _recapture(self, pairs: Iterable[tuple[Network, int]]) -> tuple[Network, int] | None:
+        """Hold these and no others, in a new pool; returns the first that cannot be captured, where it ends."""
         self._graphs.clear()
         self._pool.release()
-        for network, size in kept:
-            with contextlib.suppress(RuntimeError):
+        for network, size in pairs:
+            try:
                 self._graphs.setdefault(network, {})[size] = self._pool.capture(network, size)
+            except RuntimeError:
+                return network, size
+        return None
 
     def _measured(self) -> int:
         graphs = (graph for graphs in self._graphs.values() for graph in graphs.values())

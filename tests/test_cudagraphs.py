@@ -20,7 +20,12 @@ Network = Callable[[Tensor], Tensor]
 
 
 class FakeGraph:
-    """Computes all rows of its buffer when replayed, as a CUDA graph does."""
+    """Computes all rows of its buffer when replayed, as a CUDA graph does.
+
+    ``spoiled``: another of its pool was destroyed, and with it the workspaces that this one goes on using.
+    """
+
+    spoiled = False
 
     def __init__(self, network: Network, pixels: Tensor, probabilities: Tensor) -> None:
         self.network, self.pixels, self.probabilities = network, pixels, probabilities
@@ -52,11 +57,20 @@ class FakePool:
         self.attempts.append(pair)
         self.nbytes = max(self.nbytes, size * self.widths.get(pair.subnet, 1))
         if pair in self.failures:
+            self._spoil()
             raise self.failures[pair]
         pixels, probabilities = self._pixels[:size], torch.full((size, 2), torch.nan)
         graph = FakeGraph(network, pixels, probabilities)
-        self.alive.add(graph)
+        self._live(graph)
         return CapturedGraph(graph, pixels, probabilities, self.each)
+
+    def _live(self, graph: FakeGraph) -> None:
+        self.alive.add(graph)
+        weakref.finalize(graph, self._spoil).atexit = False
+
+    def _spoil(self) -> None:
+        for graph in self.alive:
+            graph.spoiled = True
 
     def release(self) -> None:
         assert not self.alive, "memory of a graph that may still run"
@@ -148,6 +162,7 @@ def test_the_budget_is_never_passed(budget: int, each: int, widths: tuple[int, i
     cache.fill(networks("a", "b", "c"))
     assert cache.nbytes == pool.nbytes + each * len(cache.pairs) <= budget
     assert len(pool.alive) == len(cache.pairs)
+    assert not any(graph.spoiled for graph in pool.alive)
     assert bool(cache.pairs) or budget < widths[0] + each, "a graph for one image fits"
 
 
@@ -159,6 +174,26 @@ def test_a_subnet_that_cannot_be_captured_is_left_alone() -> None:
     assert pool.attempts == [*pairs("a", 64), *pairs("b", *BATCH_SIZES)]
     assert cache.find(named["a"], 1) is None
     assert cache.find(named["b"], 1) is not None
+
+
+def test_no_graph_is_held_that_was_there_when_another_was_destroyed() -> None:
+    too_large = FakePool(each=10)
+    failing = FakePool(failures={Pair("b", 16): RuntimeError("operation not permitted when stream is capturing")})
+    for pool, budget in ((too_large, 64 + 35), (failing, 1e9)):
+        cache = GraphCache(pool, budget)
+        cache.fill(networks("a", "b"))
+        assert cache.pairs
+        assert not any(graph.spoiled for graph in pool.alive)
+
+
+def test_what_can_no_longer_be_captured_anew_is_given_up_and_spoils_no_other() -> None:
+    pool = FakePool(widths={"b": 2})
+    cache = GraphCache(pool, 40)
+    cache.fill(networks("a"))
+    pool.failures = {Pair("a", 16): torch.cuda.OutOfMemoryError("CUDA out of memory.")}
+    cache.fill(networks("b"))
+    assert list(cache.pairs) == [*pairs("a", 32, 8, 4, 2, 1), *pairs("b", 16, 8, 4, 2, 1)]
+    assert not any(graph.spoiled for graph in pool.alive)
 
 
 def test_a_batch_for_which_memory_runs_out_is_not_tried_again() -> None:
@@ -228,6 +263,8 @@ def test_padding_never_leaks() -> None:
         (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), True, False),
         (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory"), True, False),
         (RuntimeError("std::bad_alloc"), True, False),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), True, False),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), True, False),
         (MemoryError("Unable to allocate 1.00 PiB for an array"), True, False),
         (torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nSearch for …"), False, True),
         (torch.AcceleratorError("uncorrectable ECC error encountered"), False, True),
