@@ -6,8 +6,8 @@ probabilities. ``GraphCache`` decides which pairs are held within a budget of me
 ``GraphPool`` captures them for one worker, on its stream, into one pool of memory: graphs of a worker run one after
 another, so that each may overwrite what the others computed with.
 
-A batch of a size between two captured ones runs on the graph of the larger. The rows left over hold pixels of earlier
-batches; no row of a network depends on another, and what comes of these rows is never handed out.
+A batch of a size between two captured ones runs on the graph of the larger. The rows left over are black; no row of a
+network depends on another, and what comes of these rows is never handed out.
 """
 
 from __future__ import annotations
@@ -85,6 +85,8 @@ class CapturedGraph:
         """
         count = len(pixels)
         self.pixels[:count].copy_(pixels, non_blocking=True)
+        if count < len(self.pixels):  # or an ensemble would count members that failed for a row of an earlier batch
+            self.pixels[count:].zero_()
         self.graph.replay()
         return self.probabilities[:count]
 
@@ -288,8 +290,11 @@ class GraphPool:
         """
         graph.reset()
         _unfinished.append(graph)
+        # As it is called from torch 2.8 on, and as it was.
+        names = ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool")
+        end_allocating = next(getattr(torch._C, name) for name in names if hasattr(torch._C, name))
         with contextlib.suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._handle)
+            end_allocating(torch.cuda.current_device(), self._handle)
             torch._C._cuda_releasePool(torch.cuda.current_device(), self._handle)
 
     def _beside_torch(self) -> int:

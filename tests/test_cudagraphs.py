@@ -14,7 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cudagraphs import BATCH_SIZES, CapturedGraph, GraphCache, Pair, is_lost, is_out_of_memory, padded_size
+from cudagraphs import (
+    BATCH_SIZES,
+    CapturedGraph,
+    GraphCache,
+    GraphPool,
+    Pair,
+    is_lost,
+    is_out_of_memory,
+    padded_size,
+)
+from ensembles import EnsembleNetwork, one_after_another
+from profiletable import Ensemble
 
 Network = Callable[[Tensor], Tensor]
 
@@ -252,6 +263,45 @@ def test_padding_never_leaks() -> None:
         assert graph is not None
         rows = graph.replay(images(*values))
         assert rows.tolist() == [[value, 7] for value in values]
+
+
+def test_a_member_is_not_reported_for_what_it_did_to_an_earlier_batch() -> None:
+    def sound(pixels: Tensor) -> Tensor:
+        return FakeNetwork("b")(pixels).float()
+
+    def fails_for_nine(pixels: Tensor) -> Tensor:
+        return sound(pixels).masked_fill(pixels[:, 0, 0] == 9, torch.nan)
+
+    pair = Ensemble(members=("a", "b"), combination="mean", weights=(0.5, 0.5))
+    network = EnsembleNetwork(pair, [fails_for_nine, sound], one_after_another, torch.device("cpu"))
+    cache = GraphCache(FakePool(), 1e9)
+    cache.fill({"both": network})
+    graph = cache.find(network, 4)
+    assert graph is not None
+    told = []
+    for values in ((1, 2, 3, 9), (1, 2, 3), (9,), (1,)):
+        graph.replay(images(*values))
+        told.append(network.take_failed())
+    assert told == [("a",), (), ("a",), ()]
+
+
+@pytest.mark.parametrize("name", ["_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool"])
+def test_a_capture_that_failed_is_ended_by_the_name_that_this_torch_has(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Unfinished:
+        def reset(self) -> None:
+            calls.append("reset")
+
+    calls: list[str] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.delattr(torch._C, "_cuda_endAllocateToPool", raising=False)
+    monkeypatch.setattr(torch._C, name, lambda device, handle: calls.append(f"end {handle}"), raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda device, handle: calls.append("release"), raising=False)
+    pool = object.__new__(GraphPool)
+    pool._handle = (0, 7)  # type: ignore[assignment]
+    pool._abandon(Unfinished())  # type: ignore[arg-type]
+    assert calls == ["reset", "end (0, 7)", "release"]
 
 
 @pytest.mark.parametrize(
