@@ -44,7 +44,7 @@ def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(each in said for each in _OUT_OF_MEMORY)
 
 
-def is_lost(error: RuntimeError) -> bool:
+def is_lost(error: RuntimeError | MemoryError) -> bool:
     """Whether this says that the device no longer computes: after such an error every call to it fails."""
     # Older versions of torch have no class for these errors, and libraries report theirs without it.
     of_device = isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in str(error)
@@ -118,8 +118,8 @@ class GraphCache:
     def __init__(self, pool: Pool, budget: float) -> None:
         self.nbytes = 0
         self.pairs: tuple[Pair, ...] = ()
+        self.budget = budget
         self._pool = pool
-        self._budget = budget
         self._sizes: tuple[int, ...] = BATCH_SIZES
         self._names: dict[Network, str] = {}
         self._graphs: dict[Network, dict[int, CapturedGraph]] = {}
@@ -136,7 +136,7 @@ class GraphCache:
         A subnet that cannot be captured is left alone and runs as it did. A batch size that has once passed the budget
         is not tried again, and no larger one: subnets are mostly named from the smallest to the largest.
         """
-        if self._budget > 0:
+        if self.budget > 0:
             for name, network in networks.items():
                 self._names[network] = name
                 self._fill_subnet(network)
@@ -172,7 +172,7 @@ class GraphCache:
             graph = self._pool.capture(network, size)
         except RuntimeError as error:
             return _Outcome.TOO_LARGE if is_out_of_memory(error) else _Outcome.FAILED
-        if self._measured() + graph.nbytes > self._budget:
+        if self._measured() + graph.nbytes > self.budget:
             return _Outcome.TOO_LARGE
         self._graphs.setdefault(network, {})[size] = graph
         return _Outcome.HELD
