@@ -589,7 +589,7 @@ async def test_a_device_lost_while_preparing_is_told_apart(monkeypatch: pytest.M
 # Plain functions, with event loops of their own: where there is a GPU, the plugin for asynchronous ones may be missing.
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def exact_cuda() -> Iterator[None]:
     """Without TF32: its 10 bits of mantissa are no error of the engine."""
     if not torch.cuda.is_available():
@@ -879,13 +879,20 @@ def test_a_lost_gpu_is_told_apart(worker: CudaWorker, captured: Engine) -> None:
 # ---------------------------------------------------------------------------------------------------- ensembles on CUDA
 
 
-@pytest.fixture
-def streams(exact_cuda: None) -> Iterator[Engine]:
-    """An engine with two workers that holds three ensembles captured, in both modes."""
+@pytest.fixture(scope="module")
+def captured_ensembles(exact_cuda: None) -> Iterator[Engine]:
+    """An engine with two workers that holds three ensembles captured, in both modes: 98 graphs, for all tests."""
     engine = Engine(tiny_servable(), "cuda", workers=2, ensembles=[PAIR, TRIPLE, BOTH_WAYS])
     asyncio.run(engine.prepare([SMALLEST, PAIR.name, TRIPLE.name, BOTH_WAYS.name]))
     yield engine
     engine.close()
+
+
+@pytest.fixture
+def streams(captured_ensembles: Engine) -> Iterator[Engine]:
+    """That engine, to which faults do not stick."""
+    yield captured_ensembles
+    captured_ensembles.faults = None
 
 
 @pytest.mark.gpu
