@@ -133,7 +133,7 @@ class ActuatedSubnet:
             return cast(Tensor, self.network(*inputs, **named))
 
     def hold(self) -> None:
-        """Leave what it computes with where it is from now on: a CUDA graph knows addresses, and keeps nothing alive."""
+        """Leave what it computes with where it is from now on: CUDA graphs know addresses, and keep nothing alive."""
         if isinstance(self.settings, PackedSettings):
             self.settings.hold()
 

@@ -2,8 +2,8 @@
 
 Switching is what happens between two batches on different subnets: the look-up by name. Building a subnet's views, once
 each, is reported beside it. Memory counts the bytes of weights and statistics (not the allocator's or torch's own). The
-zoo are six of the profile's frontier subnets, the ends included, each extracted with its own weights. On a GPU, building
-includes waiting for what it computes there. The last line of stdout is one JSON document.
+zoo are six of the profile's frontier subnets, the ends included, each extracted with its own weights. On a GPU,
+building includes waiting for what it computes there. The last line of stdout is one JSON document.
 
     python scripts/bench_supernet.py --profile profiles/cifar10
     python scripts/bench_supernet.py --profile profiles/cifar10 --device cuda

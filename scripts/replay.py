@@ -23,7 +23,6 @@ import itertools
 import json
 import math
 import mimetypes
-import os
 import signal
 import sys
 import time

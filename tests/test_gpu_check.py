@@ -17,19 +17,21 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "gpu_check.sh"
 PARTS = ("tests", "profile", "graphs", "zoo", "mechanism", "ensemble", "serving")
-# Which part it is asked for, and what that leaves; $DOES has a word for each part that does something else than end well.
+# Which part it is asked for, and what that leaves; $DOES has a word for each part that does not end well.
 PYTHON = r"""#!/bin/sh
 case "$*" in
   *is_available*) exit "${NO_GPU:-0}" ;;
   *get_device_name*) echo "GPU: fake"; exit ;;
   *"import httptools"*) exit "${NO_HTTPTOOLS:-0}" ;;
   *pytest*) part=tests ;;
-  *"profile_supernet.py --profile profiles/cifar10-zoo"*) part=zoo; echo of-zoo >profiles/cifar10-zoo/latency-cuda-x.json ;;
+  *"profile_supernet.py --profile profiles/cifar10-zoo"*) part=zoo
+    echo of-zoo >profiles/cifar10-zoo/latency-cuda-x.json ;;
   *profile_supernet.py*) part=profile; echo of-cifar10 >profiles/cifar10/latency-cuda-x.json ;;
   *bench_graphs.py*) part=graphs ;;
   *bench_supernet.py*) part=mechanism ;;
   *bench_ensemble.py*) part=ensemble ;;
-  *bench_serving.py*) part=serving; mkdir out/serving; for n in 1 2 3 4 5 6 7 8 9; do echo $n >out/serving/$n.json; done ;;
+  *bench_serving.py*) part=serving; mkdir out/serving
+    for n in 1 2 3 4 5 6 7 8 9; do echo $n >out/serving/$n.json; done ;;
 esac
 echo "$*" >>commands
 echo "the last line of $part"
@@ -59,16 +61,15 @@ def check(house: Path, **settings: str) -> tuple[int, dict[str, str]]:
     """Run it; its exit code, and what its table says of each part, in order."""
     given = {"PYTHON": str(house / "python"), "DATA": "data.npz", "TRACE": "trace.txt", "OUT": "out", **settings}
     command = ["bash", str(house / "scripts" / "gpu_check.sh")]
-    ended = subprocess.run(
-        command, env={**os.environ, **given}, capture_output=True, text=True, timeout=60, check=False
-    )  # fmt: skip
+    environment = {**os.environ, **given}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert ended.stderr == "" or ended.returncode == 2, ended.stderr
     if ended.returncode == 2:
         return 2, {}
     table = (house / "out" / "table.txt").read_text()
     assert ended.stdout.endswith(table), "the table comes last"
     rows = re.findall(r"^(\w+) +(ok|FAILED|CUT OFF|skipped|left out) +\d+s  (.*)$", table, re.MULTILINE)
-    return ended.returncode, {name: result if result != "left out" else f"{result}: {why}" for name, result, why in rows}
+    return ended.returncode, {name: how if how != "left out" else f"{how}: {why}" for name, how, why in rows}
 
 
 def all_but(**others: str) -> Mapping[str, str]:
