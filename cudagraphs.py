@@ -6,8 +6,8 @@ probabilities. ``GraphCache`` decides which pairs are held within a budget of me
 ``GraphPool`` captures them for one worker, on its stream, into one pool of memory: graphs of a worker run one after
 another, so that each may overwrite what the others computed with.
 
-A batch of a size between two captured ones runs on the graph of the larger. The rows left over hold pixels of earlier
-batches; no row of a network depends on another, and what comes of these rows is never handed out.
+A batch of a size between two captured ones runs on the graph of the larger. The rows left over are black; no row of a
+network depends on another, and what comes of these rows is never handed out.
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ WARM_UP_RUNS = 2
 
 
 # How torch, the libraries below it and the allocators of a CPU say it, where they have no class for it.
-_OUT_OF_MEMORY = ("out of memory", "STATUS_ALLOC_FAILED", "not enough memory", "allocate memory", "bad_alloc")
+# cuDNN without room for a workspace finds no engine, and says no more (github.com/pytorch/pytorch/issues/108645).
+_OUT_OF_MEMORY = (
+    "out of memory", "STATUS_ALLOC_FAILED", "ALLOCATION_FAILED", "not enough memory", "allocate memory", "bad_alloc",
+    "unable to find an engine to execute this computation",
+)  # fmt: skip
 
 
 def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
@@ -40,7 +44,7 @@ def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(each in said for each in _OUT_OF_MEMORY)
 
 
-def is_lost(error: RuntimeError) -> bool:
+def is_lost(error: RuntimeError | MemoryError) -> bool:
     """Whether this says that the device no longer computes: after such an error every call to it fails."""
     # Older versions of torch have no class for these errors, and libraries report theirs without it.
     of_device = isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in str(error)
@@ -81,6 +85,8 @@ class CapturedGraph:
         """
         count = len(pixels)
         self.pixels[:count].copy_(pixels, non_blocking=True)
+        if count < len(self.pixels):  # or an ensemble would count members that failed for a row of an earlier batch
+            self.pixels[count:].zero_()
         self.graph.replay()
         return self.probabilities[:count]
 
@@ -112,8 +118,8 @@ class GraphCache:
     def __init__(self, pool: Pool, budget: float) -> None:
         self.nbytes = 0
         self.pairs: tuple[Pair, ...] = ()
+        self.budget = budget
         self._pool = pool
-        self._budget = budget
         self._sizes: tuple[int, ...] = BATCH_SIZES
         self._names: dict[Network, str] = {}
         self._graphs: dict[Network, dict[int, CapturedGraph]] = {}
@@ -130,7 +136,7 @@ class GraphCache:
         A subnet that cannot be captured is left alone and runs as it did. A batch size that has once passed the budget
         is not tried again, and no larger one: subnets are mostly named from the smallest to the largest.
         """
-        if self._budget > 0:
+        if self.budget > 0:
             for name, network in networks.items():
                 self._names[network] = name
                 self._fill_subnet(network)
@@ -153,10 +159,12 @@ class GraphCache:
                 self._sizes = tuple(each for each in self._sizes if each < size)
 
     def _try(self, network: Network, size: int) -> _Outcome:
-        before = self._pool.nbytes
         outcome = self._capture(network, size)
-        if outcome is not _Outcome.HELD and (self._pool.nbytes > before or not self._graphs):
-            self._capture_anew()  # a pool gives nothing back while a graph uses it, and cannot be used again after that
+        if outcome is not _Outcome.HELD:
+            # A pool gives nothing back while a graph uses it, and after a capture that failed torch may not let it be
+            # used again. With a graph that is destroyed, torch from 2.12 on frees workspaces of cuBLAS that others of
+            # its stream go on using (github.com/pytorch/pytorch/issues/193402).
+            self._capture_anew()
         return outcome
 
     def _capture(self, network: Network, size: int) -> _Outcome:
@@ -164,19 +172,30 @@ class GraphCache:
             graph = self._pool.capture(network, size)
         except RuntimeError as error:
             return _Outcome.TOO_LARGE if is_out_of_memory(error) else _Outcome.FAILED
-        if self._measured() + graph.nbytes > self._budget:
+        if self._measured() + graph.nbytes > self.budget:
             return _Outcome.TOO_LARGE
         self._graphs.setdefault(network, {})[size] = graph
         return _Outcome.HELD
 
     def _capture_anew(self) -> None:
-        """Capture what is held again, in a new pool: as large as the old one was before the last attempt."""
+        """Capture what is held again, in a new pool: as large as the old one was before the last attempt.
+
+        What can no longer be captured is given up, and the others are captured once more: it may have spoiled them.
+        """
         kept = [(network, size) for network, graphs in self._graphs.items() for size in graphs]
+        while (failing := self._recapture(kept)) is not None:
+            kept.remove(failing)
+
+    def _recapture(self, pairs: Iterable[tuple[Network, int]]) -> tuple[Network, int] | None:
+        """Hold these and no others, in a new pool; returns the first that cannot be captured, where it ends."""
         self._graphs.clear()
         self._pool.release()
-        for network, size in kept:
-            with contextlib.suppress(RuntimeError):
+        for network, size in pairs:
+            try:
                 self._graphs.setdefault(network, {})[size] = self._pool.capture(network, size)
+            except RuntimeError:
+                return network, size
+        return None
 
     def _measured(self) -> int:
         graphs = (graph for graphs in self._graphs.values() for graph in graphs.values())
@@ -271,8 +290,11 @@ class GraphPool:
         """
         graph.reset()
         _unfinished.append(graph)
+        # As it is called from torch 2.8 on, and as it was.
+        names = ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool")
+        end_allocating = next(getattr(torch._C, name) for name in names if hasattr(torch._C, name))
         with contextlib.suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._handle)
+            end_allocating(torch.cuda.current_device(), self._handle)
             torch._C._cuda_releasePool(torch.cuda.current_device(), self._handle)
 
     def _beside_torch(self) -> int:

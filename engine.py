@@ -383,8 +383,12 @@ class Engine:
         actuated = self._actuated.get(name)
         if actuated is None:
             supernet = self._servable.supernet
+            made = supernet.actuate(supernet.space.parse(name))
+            if self._device.type == "cuda":
+                # Smaller kernels are computed on this stream, for which those of the workers do not wait.
+                torch.cuda.current_stream(self._device).synchronize()
             # The first stays, where two threads come at once: graphs are found by it.
-            actuated = self._actuated.setdefault(name, supernet.actuate(supernet.space.parse(name)))
+            actuated = self._actuated.setdefault(name, made)
         return actuated
 
     def _compute(self, name: str, inputs: Sequence[NDArray[Any]], worker: Worker) -> Outputs:
@@ -480,6 +484,9 @@ class Engine:
 
     def _captured(self, names: Sequence[str], worker: CudaWorker) -> Mapping[str, Network]:
         """What a worker captures: ensembles in each mode in which they may run, after the subnets."""
+        if worker.graphs.budget > 0:
+            for name in self.ensembles.with_members(names):
+                self.actuate(name).hold()
         networks: dict[str, Network] = {name: self.actuate(name) for name in names if name not in self.ensembles}
         for name in (name for name in names if name in self.ensembles):
             for mode in self.ensembles.modes(name):
@@ -541,13 +548,17 @@ class Engine:
 
 @contextlib.contextmanager
 def _as_engine_error(what: str) -> Iterator[None]:
-    """Inside, what torch or the device raises becomes an EngineError, which ends the start with one line."""
+    """Inside, what torch or the device raises becomes an EngineError, which ends the start with one line.
+
+    A lost device becomes a DeviceLostError, which asks for a new process.
+    """
     try:
         yield
     except EngineError:
         raise
     except (RuntimeError, MemoryError) as error:
-        raise EngineError(f"{what}: {str(error).partition(chr(10))[0] or type(error).__name__}") from error
+        kind = DeviceLostError if is_lost(error) else EngineError
+        raise kind(f"{what}: {str(error).partition(chr(10))[0] or type(error).__name__}") from error
 
 
 def _return_freed_memory() -> None:

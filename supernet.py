@@ -132,6 +132,11 @@ class ActuatedSubnet:
         with self.active():
             return cast(Tensor, self.network(*inputs, **named))
 
+    def hold(self) -> None:
+        """Leave what it computes with where it is from now on: CUDA graphs know addresses, and keep nothing alive."""
+        if isinstance(self.settings, PackedSettings):
+            self.settings.hold()
+
     def active(self) -> AbstractContextManager[None]:
         """In this context the network itself computes this subnet, for those that follow it from inside."""
         settings = self.settings
@@ -141,24 +146,34 @@ class ActuatedSubnet:
 class PackedSettings(Sequence[Any]):
     """Settings of a subnet whose statistics are kept packed.
 
-    They are unpacked when the subnet runs, and stay so while it is among the last ``Recent.MOST`` that ran.
+    They are unpacked when the subnet runs, and stay so while it is among the last ``Recent.MOST`` that ran, or for good
+    once they are held.
     """
 
-    __slots__ = ("_dtype", "_packed", "_recent", "_sizes", "_template")
+    __slots__ = ("_dtype", "_held", "_packed", "_recent", "_sizes", "_template")
 
     def __init__(
         self, template: tuple[Any, ...], packed: Tensor, sizes: tuple[int, ...], dtype: torch.dtype, recent: Recent
     ) -> None:
         self._template, self._packed, self._sizes = template, packed, sizes
         self._dtype, self._recent = dtype, recent
+        self._held: tuple[Any, ...] | None = None
 
     def unpacked(self) -> tuple[Any, ...]:
         """The settings in full."""
-        return self._recent.get(self, self._unpack)
+        return self._held or self._recent.get(self, self._unpack)
+
+    def hold(self) -> None:
+        """Keep them unpacked, always the same tensors."""
+        self._held = self.unpacked()
 
     @torch.no_grad()
     def _unpack(self) -> tuple[Any, ...]:
-        parts = torch.split(unpack(self._packed, self._sizes, self._dtype), [*self._sizes, *self._sizes])
+        flat = unpack(self._packed, self._sizes, self._dtype)
+        if flat.is_cuda:
+            # Other streams, which find them from now on, do not wait for this one.
+            torch.cuda.current_stream(flat.device).synchronize()
+        parts = torch.split(flat, [*self._sizes, *self._sizes])
         pairs = zip(parts, parts[len(self._sizes) :], strict=False)
         return tuple(
             NormSettings(*next(pairs), each.weight, each.bias) if isinstance(each, NormSettings) else each

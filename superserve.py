@@ -658,7 +658,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             runner.run(serve_forever(command.config))
     except (DeviceLostError, HungError) as error:
         log_event("ended", logging.ERROR, why=str(error), exit_code=EX_LOST)
-        leave(EX_LOST)
+        leave(EX_LOST, at_once=True)
     except (ConfigError, AccessError, ProfileError, SupernetError, slackfit.PolicyError, EngineError, OSError) as error:
         sys.exit(f"superserve: {error}")
     leave(0)

@@ -257,12 +257,13 @@ def _refuse(job: Job[Any, Any], message: str) -> None:
         job.future.set_exception(ClosedError(message))
 
 
-def leave(code: int) -> NoReturn:
-    """End the process with this exit code, at once if threads that were given up are still at work.
+def leave(code: int, at_once: bool = False) -> NoReturn:
+    """End the process with this exit code: ``at_once``, and always if threads that were given up are still at work.
 
-    The ordinary end takes the interpreter and libraries apart under such a thread, which may crash when it comes back.
+    The ordinary end takes the interpreter and libraries apart. Under such a thread that may crash when it comes back,
+    and without the device to which pinned memory belongs it does (github.com/pytorch/pytorch/issues/178154).
     """
-    if any(isinstance(thread, WorkerThread) and thread.given_up for thread in threading.enumerate()):
+    if at_once or any(isinstance(thread, WorkerThread) and thread.given_up for thread in threading.enumerate()):
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()

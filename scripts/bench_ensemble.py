@@ -37,7 +37,7 @@ from ensembles import MODES, forced
 from members import subnet_of
 from profiletable import Ensemble
 from scripts import datasets
-from scripts.replay import provenance
+from scripts.provenance import provenance
 from servable import Servable, load_servable
 from supernet import SupernetError
 

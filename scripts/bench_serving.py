@@ -4,7 +4,7 @@ First the rate is searched that the fastest subnet alone can serve (attainment 0
 fractions of it. Then, load by load, each policy serves the same seconds of the same trace, each with a fresh server,
 and start time and resident memory are noted. Client and server share this machine's processors, as they would at the
 edge; what is measured includes HTTP, decoding and the client's own delay. The last line of stdout is one JSON document;
---out keeps it, every run's report and a plot for each load.
+--out keeps it, every run's report and a plot for each load; it is written anew after each run.
 
     python scripts/bench_serving.py
     python scripts/bench_serving.py --loads 0.5 --duration 10 --policies clearfit
@@ -34,6 +34,7 @@ HOUSE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HOUSE))
 
 from scripts import workloads  # noqa: E402 the path is set above
+from scripts.provenance import commit  # noqa: E402
 from wholefile import write_text  # noqa: E402
 
 
@@ -135,9 +136,8 @@ def possible(options: argparse.Namespace, rate: float, duration_s: float, capaci
     return round(served / len(times), 4)
 
 
-def run_all(options: argparse.Namespace, capacity: float, out: Path) -> list[dict[str, Any]]:
-    """Every load with every policy; one row each."""
-    rows = []
+def run_all(options: argparse.Namespace, capacity: float, out: Path) -> Iterator[dict[str, Any]]:
+    """Every load with every policy; one row each, as soon as it is there."""
     plan = [(load, policy) for load in options.loads for policy in options.policies]
     for load, policy in tqdm(plan, desc="runs", disable=None):
         with server(options.profile, policy, options.flags) as running:
@@ -151,9 +151,9 @@ def run_all(options: argparse.Namespace, capacity: float, out: Path) -> list[dic
             ]  # fmt: skip
             report = replay(running.url, arguments, out / f"{name}.json")
             row = _row(load, policy, capacity * load, running, fresh_mb, report)
-            rows.append({**row, "attainment_possible": possible(options, rate, duration_s, capacity)})
-            print(json.dumps(rows[-1]), file=sys.stderr)
-    return rows
+            row["attainment_possible"] = possible(options, rate, duration_s, capacity)
+            print(json.dumps(row), file=sys.stderr)
+            yield row
 
 
 def _row(
@@ -205,13 +205,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         out = options.out or Path(scratch)
         out.mkdir(parents=True, exist_ok=True)
         capacity = options.capacity or search_capacity(options, Path(scratch))
-        rows = run_all(options, capacity, out.resolve())
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HOUSE, capture_output=True, text=True, check=False)
-        document = {
-            "commit": commit.stdout.strip(), "cores": os.cpu_count(), "slo_ms": options.slo_ms, "trace": options.trace,
-            "duration_s": options.duration, "capacity_qps": round(capacity, 1), "rows": rows,
+        document: dict[str, Any] = {
+            "commit": commit(), "cores": os.cpu_count(), "slo_ms": options.slo_ms, "trace": options.trace,
+            "duration_s": options.duration, "capacity_qps": round(capacity, 1), "rows": [],
         }  # fmt: skip
-        write_text(out / "serving.json", json.dumps(document, indent=1) + "\n")
+        for row in run_all(options, capacity, out.resolve()):
+            document["rows"].append(row)
+            write_text(out / "serving.json", json.dumps(document, indent=1) + "\n")
         print(json.dumps(document))
 
 

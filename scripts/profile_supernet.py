@@ -223,6 +223,14 @@ def report(folder: Path, path: Path, device: slackfit.Device) -> dict[str, objec
     return {"profile": str(folder), "table": path.name, "calibrated": len(choices), "entries": len(table.entries)}
 
 
+def report_held(engine: Engine) -> dict[str, object]:
+    """Print what the engine ran with; returns it for the closing JSON line."""
+    held = engine.held
+    counts = f"{len(held.subnets)} subnets, {len(held.pairs)} captured pairs of subnet and batch size"
+    print(f"\nheld: {counts}, {held.nbytes / 2**20:.1f} MB")
+    return {"subnets_held": len(held.subnets), "pairs_held": len(held.pairs), "held_bytes": held.nbytes}
+
+
 def check_data(data: datasets.Dataset, servable: Servable) -> None:
     """Raise ValueError for data of another form than the network's input, or with more or fewer classes."""
     spec, shape = servable.input, data.validation.images.shape[1:]
@@ -312,7 +320,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ensembles=ensembles_of(options.profile),
         )
         path = write_latencies(engine, names, options.profile, options.rounds)
-        print(json.dumps(report(options.profile, path, slackfit.Device(**asdict(engine.facts)))))
+        document = report(options.profile, path, slackfit.Device(**asdict(engine.facts))) | report_held(engine)
+        print(json.dumps(document))
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"profile_supernet.py: {error}")
 

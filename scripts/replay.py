@@ -18,16 +18,12 @@ import collections
 import contextlib
 import dataclasses
 import http.client
-import importlib.metadata
 import io
 import itertools
 import json
 import math
 import mimetypes
-import os
-import platform
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -46,6 +42,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts import datasets, workloads
+from scripts.provenance import provenance
 from wholefile import write_text
 
 CIFAR10 = "../shared/data/cifar10_jpeg.npz"
@@ -467,36 +464,6 @@ def _counts(values: NDArray[Any]) -> dict[str, int]:
 
 
 # --------------------------------------------------------------------------------------------------------- command line
-
-
-def provenance() -> dict[str, Any]:
-    """Machine, commit and versions, for the report."""
-    packages = ("numpy", "uvloop", "httptools")
-    return {
-        "machine": {"system": platform.platform(), "processor": _processor(), "cpus": os.cpu_count()},
-        "commit": _commit(),
-        "versions": {
-            "python": platform.python_version(),
-            **{package: importlib.metadata.version(package) for package in packages},
-        },
-    }
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")  # Linux only
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    """The commit of this code, with ``+`` when files differ from it; null outside a repository."""
-    folder = str(Path(__file__).parent)
-    command = ["git", "-C", folder, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

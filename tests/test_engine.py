@@ -6,7 +6,7 @@ import asyncio
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -531,11 +531,93 @@ async def test_a_member_that_hangs_costs_its_worker_and_the_next_one_computes() 
     released.set()
 
 
+# ------------------------------------------------------------------------------------------- CUDA, with fakes for a GPU
+
+
+class FakeStream:
+    """Notes what was actuated before each time that it was waited for."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.waits = engine, []  # type: ignore[var-annotated]
+
+    def synchronize(self) -> None:
+        self.waits.append(tuple(self.engine._actuated))
+
+
+def test_what_actuating_computes_on_a_gpu_is_there_before_any_worker_finds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(tiny_servable(), "cpu")
+    stream = FakeStream(engine)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    engine.actuate(SMALLEST)
+    assert stream.waits == [], "a CPU computes at once"
+    engine._device = torch.device("cuda")
+    for _ in range(2):
+        engine.actuate(LARGEST)
+    assert stream.waits == [(SMALLEST,)]
+    engine.close()
+
+
+class FakeGraphs:
+    def __init__(self, budget: float) -> None:
+        self.budget = budget
+
+
+class FakeCudaWorker:
+    """Notes what it is to capture, and with which settings these would compute."""
+
+    def __init__(self, engine: Engine, budget: float) -> None:
+        self.engine, self.graphs, self.group = engine, FakeGraphs(budget), None
+        self.captured: list[str] = []
+        self.settings: list[object] = []
+
+    def capture(self, networks: Mapping[str, Network]) -> None:
+        self.captured, self.settings = list(networks), self.now()
+
+    def now(self) -> list[Any]:
+        return [each.settings.unpacked() for each in self.engine._actuated.values()]  # type: ignore[attr-defined]
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("budget", "held"), [(0.0, False), (1e9, True)])
+async def test_statistics_stay_where_they_are_once_graphs_know_their_addresses(budget: float, held: bool) -> None:
+    servable = tiny_servable()
+    servable.supernet.pack_statistics()
+    engine = Engine(servable, "cpu", ensembles=[BOTH_WAYS])
+    worker = FakeCudaWorker(engine, budget)
+    engine._cuda_workers, engine.executables = [worker], None  # type: ignore[list-item]
+    await engine.prepare([SMALLEST, BOTH_WAYS.name])
+    assert worker.captured == [SMALLEST, *(forced(BOTH_WAYS.name, mode) for mode in MODES)]
+    servable.supernet._recent._held.clear()  # as when many others ran
+    same = [now is then for now, then in zip(worker.now(), worker.settings, strict=True)]
+    assert same == [held, held], "the subnet and the member"
+    engine.close()
+
+
+async def test_a_device_lost_while_preparing_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(tiny_servable(), "cpu")
+    for error, raised in (
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nSearch for …"), DeviceLostError),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory."), EngineError),
+        (MemoryError("no memory"), EngineError),
+    ):
+
+        def fail(names: object, _: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(engine, "_prepare", fail)
+        with pytest.raises(EngineError, match=r"^preparing the subnets failed: [^\n]*memory[^\n]*$") as failed:
+            await engine.prepare([SMALLEST])
+        assert type(failed.value) is raised
+    engine.close()
+
+
 # ---------------------------------------------------------------------------------------------------------------- CUDA
 # Plain functions, with event loops of their own: where there is a GPU, the plugin for asynchronous ones may be missing.
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def exact_cuda() -> Iterator[None]:
     """Without TF32: its 10 bits of mantissa are no error of the engine."""
     if not torch.cuda.is_available():
@@ -825,13 +907,20 @@ def test_a_lost_gpu_is_told_apart(worker: CudaWorker, captured: Engine) -> None:
 # ---------------------------------------------------------------------------------------------------- ensembles on CUDA
 
 
-@pytest.fixture
-def streams(exact_cuda: None) -> Iterator[Engine]:
-    """An engine with two workers that holds three ensembles captured, in both modes."""
+@pytest.fixture(scope="module")
+def captured_ensembles(exact_cuda: None) -> Iterator[Engine]:
+    """An engine with two workers that holds three ensembles captured, in both modes: 98 graphs, for all tests."""
     engine = Engine(tiny_servable(), "cuda", workers=2, ensembles=[PAIR, TRIPLE, BOTH_WAYS])
     asyncio.run(engine.prepare([SMALLEST, PAIR.name, TRIPLE.name, BOTH_WAYS.name]))
     yield engine
     engine.close()
+
+
+@pytest.fixture
+def streams(captured_ensembles: Engine) -> Iterator[Engine]:
+    """That engine, to which faults do not stick."""
+    yield captured_ensembles
+    captured_ensembles.faults = None
 
 
 @pytest.mark.gpu

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 import slackfit
 import supernets
-from engine import Engine
+from cudagraphs import Pair
+from engine import Engine, Held
 from scripts import profile_supernet
 from scripts.profile_supernet import Candidate, Search, confirmed, frontier, thinned
 from scripts.train import accuracy, hits
@@ -50,6 +51,15 @@ def candidate(accuracy_: float, latency_s: float, name: str = "", confirmed: flo
 
 def log_of(folder: Path) -> list[Candidate]:
     return [Candidate(**json.loads(line)) for line in (folder / "search.jsonl").read_text().splitlines()]
+
+
+def test_the_report_tells_what_was_held_while_latencies_were_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    class Holding:
+        held = Held(nbytes=3 * 2**20, subnets=("a",), pairs=(Pair("a", 2), Pair("a", 1)))
+
+    document = profile_supernet.report_held(Holding())  # type: ignore[arg-type]
+    assert document == {"subnets_held": 1, "pairs_held": 2, "held_bytes": 3 * 2**20}
+    assert "held: 1 subnets, 2 captured pairs of subnet and batch size, 3.0 MB" in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------------------- searched for real

@@ -21,6 +21,7 @@ from supernet import (
     IllegalSubnetError,
     LayerSelect,
     NormSettings,
+    Recent,
     Subnet,
     SubnetNorm,
     SubnetSpace,
@@ -712,6 +713,23 @@ def test_training_steps_do_not_hold_on_to_old_graphs() -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert supernet.for_training(MIDDLE)(x).requires_grad
+
+
+def test_packed_statistics_that_are_held_stay_unpacked_however_many_others_run() -> None:
+    subnets = list(SPACE)[: Recent.MOST + 2]
+    supernet = tiny_servable(tuple(subnets)).supernet
+    supernet.pack_statistics()
+    held, passing = supernet.actuate(subnets[0]), supernet.actuate(subnets[1])
+    held.hold()
+    before = held.settings[:], passing.settings[:]
+    logits = held(images(2))
+    for subnet in subnets[1:]:
+        supernet.actuate(subnet)(images(1))
+    held.hold()
+    assert all(now is then for now, then in zip(held.settings, before[0], strict=True))
+    assert torch.equal(held(images(2)), logits)
+    passing.hold()
+    assert not all(now is then for now, then in zip(passing.settings, before[1], strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------------ counting

@@ -262,3 +262,19 @@ def test_a_process_ends_though_a_thread_hangs(code: int) -> None:
     command = [sys.executable, "-c", LEAVING, str(code)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
     assert (ended.returncode, ended.stdout, ended.stderr) == (code, "last words\n", "")
+
+
+def test_a_process_that_is_to_end_at_once_takes_nothing_apart() -> None:
+    """What libraries do at the ordinary end may crash where the device is lost, and its exit code would be another."""
+    script = """
+import os, sys, workers
+class Pinned:
+    def __del__(self):
+        os.abort()
+kept = Pinned()
+print("last words")
+workers.leave(75, at_once=True)
+"""
+    command = [sys.executable, "-c", script]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (75, "last words\n", "")
