@@ -5,7 +5,7 @@ norm folded into the convolution before it, activation and residual addition don
 cache, 1x1 convolutions as matrix products (steps.py), and all of it in one call where it can be written (programs.py).
 It computes from the supernet's weights, folding each slice as it goes; ``Executable.packed`` gives one with weights in
 the layout that the kernels read: as fast as a model on its own. ``ExecutableCache`` decides which subnets are held
-packed within a budget of memory; large slices that several of them use are held once where memory is short.
+packed within a budget of memory; large slices that several of them use are held once.
 
 The rewriting goes by type of operation and knows no architecture; what it does not recognise stays as it was.
 """
@@ -436,7 +436,6 @@ class ExecutableCache:
         self.budget = budget
         self._shared: dict[str, Executable | ActuatedSubnet] = {}
         self._packed: dict[str, Executable] = {}
-        self._alone: dict[str, bool] = {}  # of those packed, whether with large slices of its own
         self._larder = Larder()
         self._order: list[str] = []  # as named by fill: what comes first is preferred among equals
         self._uses: Counter[str] = Counter()
@@ -511,41 +510,30 @@ class ExecutableCache:
         for name in self._order:
             self._uses[name] //= 2
 
-    def _chosen(self, order: Iterable[str]) -> dict[str, bool]:
-        """Whom the budget allows to be held, in this order, and whether with large slices of its own.
-
-        Only what they leave is spent on slices of their own, which compute faster than shared ones (docs/LOG.md).
-        """
-        left, users, needs = self.budget, Counter[Any](), dict[str, Mapping[Any, int]]()
+    def _chosen(self, order: Iterable[str]) -> list[str]:
+        held: dict[Any, int] = {}
+        left, chosen = self.budget, []
         for name in order:
-            found = self._shared[name] if self._alone.get(name, True) else self._packed[name]
-            if isinstance(found, Executable):
-                needed = found.needs(self._larder)
-                new = sum(nbytes for each, nbytes in needed.items() if not users[each])
-                if new <= left:
-                    left -= new
-                    users.update(needed.keys())
-                    needs[name] = needed
-        alone = dict.fromkeys(needs, False)
-        for name, needed in needs.items():
-            slices = [each for each in needed if isinstance(each, tuple)]
-            more = sum(needed[each] for each in slices if users[each] > 1)  # if not, the shared one goes
-            if more <= left:
-                left -= more
-                users.subtract(slices)
-                alone[name] = True
-        return alone
+            found = self._packed.get(name, self._shared[name])
+            if not isinstance(found, Executable):
+                continue
+            needs = {each: nbytes for each, nbytes in found.needs(self._larder).items() if each not in held}
+            if sum(needs.values()) <= left:
+                left -= sum(needs.values())
+                held |= needs
+                chosen.append(name)
+        return chosen
 
     def _hold(self, order: Iterable[str], step: Callable[[], object]) -> None:
         """Drop first, then pack, so that the budget holds throughout."""
         with self._lock:
-            chosen = self._chosen(order)
-            for name in [each for each, alone in self._alone.items() if chosen.get(each) != alone]:
-                del self._packed[name], self._alone[name]
-            for name, alone in chosen.items():
+            names = self._chosen(order)
+            for name in set(self._packed) - set(names):
+                del self._packed[name]
+            for name in names:
                 if name not in self._packed:
-                    packed = cast(Executable, self._shared[name]).packed(None if alone else self._larder)
+                    packed = cast(Executable, self._shared[name]).packed(self._larder)
                     packed.write(many=False)
                     packed.write(many=True)
-                    self._packed[name], self._alone[name] = packed, alone
+                    self._packed[name] = packed
                 step()

@@ -510,14 +510,6 @@ def everything_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("steps.LEAST_SHARED_BYTES", 0)
 
 
-def shared_budget(cache: ExecutableCache, names: Iterable[str]) -> int:
-    """What holds all of these if they share all that they can."""
-    needs: dict[object, int] = {}
-    for name in names:
-        needs |= cast(Executable, cache.get(name)).needs(cache._larder)
-    return sum(needs.values())
-
-
 def cache_of_slices(supernet: Supernet, budget: float, names: Iterable[str]) -> ExecutableCache:
     cache = ExecutableCache(budget)
     for name in names:
@@ -534,10 +526,8 @@ def test_subnets_that_share_slices_give_the_outputs_of_the_actuated_subnets() ->
     supernet = resnet(**WIDE)
     for subnet in (SPACE.largest, SPACE.smallest):
         supernet.calibrate(subnet, [images(16, seed=9)])
-    cache = cache_of_slices(supernet, 0, SHARING)
-    cache.budget = shared_budget(cache, SHARING)
+    cache = cache_of_slices(supernet, math.inf, SHARING)
     cache.fill()
-    assert len(cache.held) == len(SHARING)
     alone = [trace(supernet.actuate(Subnet.parse(name))).packed() for name in SHARING]
     assert cache.nbytes < 0.8 * sum(each.nbytes for each in alone)
     for name in SHARING:
@@ -549,8 +539,7 @@ def test_subnets_that_share_slices_give_the_outputs_of_the_actuated_subnets() ->
 def test_a_shared_slice_stays_as_long_as_one_holds_it_and_is_freed_with_the_last() -> None:
     gc.disable()
     try:
-        cache = cache_of_slices(resnet(**WIDE), 0, SHARING)
-        cache.budget = shared_budget(cache, SHARING)
+        cache = cache_of_slices(resnet(**WIDE), math.inf, SHARING)
         cache.fill()
         first, second = (cast(Executable, cache.get(name)) for name in SHARING[:2])
         shared = [weakref.ref(pack) for pack in first.packs & second.packs]
@@ -562,28 +551,6 @@ def test_a_shared_slice_stays_as_long_as_one_holds_it_and_is_freed_with_the_last
         assert all(ref() is None for ref in shared)
     finally:
         gc.enable()
-
-
-@pytest.mark.usefixtures("everything_is_shared")
-def test_what_the_budget_leaves_is_spent_on_slices_of_their_own_for_those_that_come_first() -> None:
-    order = SHARING[::-1]
-    cache = cache_of_slices(resnet(**WIDE), 0, order)
-    least = shared_budget(cache, SHARING)
-    own = {name: packed_nbytes(cast(Executable, cache.get(name))) for name in SHARING}
-    cache.budget = least + own[order[0]]
-    cache.fill()
-    packed = {name: cast(Executable, cache.get(name)) for name in order}
-    assert len(cache.held) == len(SHARING)
-    assert not packed[order[0]].packs & (packed[order[1]].packs | packed[order[2]].packs)
-    assert packed[order[1]].packs & packed[order[2]].packs, "for these there was too little left"
-    assert least < cache.nbytes <= cache.budget
-    cache.budget = least
-    cache.fill()
-    assert len(cache.held) == len(SHARING), "sharing again, rather than leaving one out"
-    assert cache.nbytes == least
-    cache.budget = math.inf
-    cache.fill()
-    assert cache.nbytes == sum(own.values())
 
 
 SLICES = resnet(**WIDE)
