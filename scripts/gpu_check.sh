@@ -71,6 +71,7 @@ finish() { # whatever happened
   local logs=("$OUT"/*.log)
   new_table "$PROFILE" "$OUT"
   new_table "$ZOO" "$OUT/zoo-latency.json"
+  find "$PROFILE" -maxdepth 1 -name choices.json -newer "$OUT/began" -exec cp {} "$OUT" \;
   rm -f "$OUT/began"
   [ -d "$OUT/serving" ] && pack serving.tar.gz serving
   [ -e "${logs[0]}" ] && pack logs.tar.gz "${logs[@]##*/}"
@@ -96,6 +97,11 @@ part tests 200 "$PYTHON" -m pytest -c /dev/null --rootdir . -p no:cacheprovider 
   tests/test_engine.py tests/test_inputbatches.py
 part profile 120 "$PYTHON" scripts/profile_supernet.py --profile "$PROFILE" --latency-only --device cuda --rounds 40
 part graphs 60 "$PYTHON" scripts/bench_graphs.py --profile "$PROFILE" --device cuda
+part bfloat16 60 "$PYTHON" scripts/profile_supernet.py --profile "$PROFILE" --latency-only --device cuda --rounds 20 \
+  --dtype bfloat16
+needs float16 "$DATA" &&
+  part float16 90 "$PYTHON" scripts/profile_supernet.py --profile "$PROFILE" --data "$DATA" --device cuda --rounds 20 \
+    --dtype float16 # measures accuracies, too, and writes them into choices.json
 needs zoo "$ZOO/choices.json" &&
   part zoo 60 "$PYTHON" scripts/profile_supernet.py --profile "$ZOO" --latency-only --device cuda --rounds 20
 part mechanism 60 "$PYTHON" scripts/bench_supernet.py --profile "$PROFILE" --device cuda

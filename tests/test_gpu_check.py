@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "gpu_check.sh"
-PARTS = ("tests", "profile", "graphs", "zoo", "mechanism", "ensemble", "serving")
+PARTS = ("tests", "profile", "graphs", "bfloat16", "float16", "zoo", "mechanism", "ensemble", "serving")
 # Which part it is asked for, and what that leaves; $DOES has a word for each part that does not end well.
 PYTHON = r"""#!/bin/sh
 case "$*" in
@@ -26,6 +26,8 @@ case "$*" in
   *pytest*) part=tests ;;
   *"profile_supernet.py --profile profiles/cifar10-zoo"*) part=zoo
     echo of-zoo >profiles/cifar10-zoo/latency-cuda-x.json ;;
+  *"--dtype bfloat16"*) part=bfloat16; echo of-cifar10 >profiles/cifar10/latency-cuda-x-bfloat16.json ;;
+  *"--dtype float16"*) part=float16; echo in-float16 >profiles/cifar10/choices.json ;;
   *profile_supernet.py*) part=profile; echo of-cifar10 >profiles/cifar10/latency-cuda-x.json ;;
   *bench_graphs.py*) part=graphs ;;
   *bench_supernet.py*) part=mechanism ;;
@@ -86,10 +88,12 @@ def test_parts_come_in_the_order_of_their_worth_and_leave_few_files(house: Path)
     assert (code, list(rows.items())) == (0, list(all_but().items()))
     out = house / "out"
     assert {path.name for path in out.iterdir()} == {
-        "latency-cuda-x.json", "zoo-latency.json", "logs.tar.gz", "serving.tar.gz", "table.txt",
+        "latency-cuda-x.json", "latency-cuda-x-bfloat16.json", "zoo-latency.json", "choices.json",
+        "logs.tar.gz", "serving.tar.gz", "table.txt",
     }  # fmt: skip
     assert (out / "latency-cuda-x.json").read_text() == "of-cifar10\n"
     assert (out / "zoo-latency.json").read_text() == "of-zoo\n"
+    assert (out / "choices.json").read_text() == "in-float16\n"
     assert packed(out / "logs.tar.gz") == {f"{name}.log" for name in PARTS}
     assert packed(out / "serving.tar.gz") == {f"serving/{number}.json" for number in range(1, 10)}
     assert "the last line of graphs" in (out / "table.txt").read_text()
@@ -110,7 +114,7 @@ def test_it_ends_in_time_whatever_hangs_and_says_what_was_skipped(house: Path) -
 
 def test_what_is_missing_leaves_only_that_out_which_needs_it(house: Path) -> None:
     code, rows = check(house, DATA="nowhere.npz")
-    assert (code, rows) == (0, all_but(**dict.fromkeys(("ensemble", "serving"), "left out: nowhere.npz is not there")))
+    assert (code, rows) == (0, all_but(**dict.fromkeys(("float16", "ensemble", "serving"), "left out: nowhere.npz is not there")))
     code, rows = check(house, NO_HTTPTOOLS="1")
     assert (code, rows) == (0, all_but(serving="left out: httptools is not there"))
     (house / "profiles" / "cifar10-zoo" / "choices.json").unlink()
@@ -134,7 +138,7 @@ def commands(house: Path) -> list[list[str]]:
 
 def test_scripts_have_the_options_that_they_are_called_with(house: Path) -> None:
     called = [command for command in commands(house) if command[0].startswith("scripts/")]
-    assert len(called) == 6
+    assert len(called) == 8
     for script, *arguments in called:
         source = (ROOT / script).read_text(encoding="utf-8")
         own = arguments[: arguments.index("--flags") + 1] if "--flags" in arguments else arguments
