@@ -85,7 +85,7 @@ class Config:
             if not low <= getattr(self, name) <= high
         ]
         if self.dtype not in slackfit.DTYPES:
-            problems.append(f"dtype must be {' or '.join(slackfit.DTYPES)}, not '{self.dtype:.60}'")
+            problems.append(f"dtype must be {' or '.join(slackfit.DTYPES)}, not '{self.dtype!s:.60}'")
         for parse in (lambda: self.memory_budget_bytes(1), lambda: self.origins):
             try:
                 parse()

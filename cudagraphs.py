@@ -292,7 +292,9 @@ class GraphPool:
         _unfinished.append(graph)
         # As it is called from torch 2.8 on, and as it was.
         names = ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool")
-        end_allocating = next(getattr(torch._C, name) for name in names if hasattr(torch._C, name))
+        end_allocating = next((getattr(torch._C, name) for name in names if hasattr(torch._C, name)), None)
+        if end_allocating is None:  # nothing that could be done
+            return
         with contextlib.suppress(RuntimeError):
             end_allocating(torch.cuda.current_device(), self._handle)
             torch._C._cuda_releasePool(torch.cuda.current_device(), self._handle)

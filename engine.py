@@ -74,8 +74,8 @@ START_LIMIT_S = 120.0
 CLOSE_S = 5.0
 
 # How many prepared operations oneDNN keeps (1024 unless told). Preparing one takes longer than a small convolution, and
-# a frontier of subnets at every batch size up to CHUNK needs a few thousand, of some 10 kB each. What torch keeps beside
-# them, to find them some 5 us faster, is for those that ran last: some 20 pairs of subnet and batch size.
+# a frontier of subnets at every batch size up to CHUNK needs a few thousand, of some 10 kB each. What torch keeps
+# beside them, to find them some 5 us faster, is for those that ran last: some 20 pairs of subnet and batch size.
 # Both are read at the first convolution, so that they must be set before any network runs.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "2048")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "256")
@@ -618,12 +618,13 @@ def _check_computes(device: torch.device, dtype: torch.dtype) -> None:
     """Raise EngineError for numbers that the device has no kernels for."""
     name = str(dtype).removeprefix("torch.")
     if device.type == "cuda":
-        computes = dtype != torch.bfloat16 or torch.cuda.is_bf16_supported()
+        with torch.cuda.device(device):
+            computes = dtype != torch.bfloat16 or torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         kernels = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
         computes = dtype not in kernels or getattr(torch.ops.mkldnn, kernels[dtype], lambda: False)()
     if not computes:
-        raise EngineError(f"this {device.type} does not compute with {name}; float32 it always does")
+        raise EngineError(f"this {device.type} has no kernels for {name}; for float32 it has")
 
 
 def _cores() -> int:

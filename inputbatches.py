@@ -134,8 +134,6 @@ class Padder:
         return np.stack([ids, np.ones_like(ids)])
 
 
-def batching_for(
-    spec: InputSpec | TokenSpec, device: torch.device, dtype: torch.dtype = torch.float32
-) -> Batching:
+def batching_for(spec: InputSpec | TokenSpec, device: torch.device, dtype: torch.dtype = torch.float32) -> Batching:
     """What these inputs need."""
     return Padder(spec) if isinstance(spec, TokenSpec) else Normaliser(spec, device, dtype)

@@ -87,7 +87,7 @@ class Ensemble:
 class InDtype:
     """How accurate a choice is when it computes with other numbers than float32, measured on the same images."""
 
-    dtype: str  # one of DTYPES
+    dtype: str  # one of DTYPES, but float32
     accuracy: float
     test_accuracy: float | None
 
@@ -433,7 +433,7 @@ class Corrections:
 def load_choices(folder: Path, dtype: str = "float32") -> tuple[Choice, ...]:
     """The rows of the folder's choices.json; raises ProfileError, naming file and field, for anything amiss.
 
-    For another ``dtype`` than float32, those that were measured in it, which all of the frontier must be.
+    For another ``dtype`` than float32, those that were measured in it, which all that may answer must be.
     """
     path = Path(folder) / "choices.json"
     with _naming(path):
@@ -449,12 +449,20 @@ def load_choices(folder: Path, dtype: str = "float32") -> tuple[Choice, ...]:
         return choices if dtype == "float32" else tuple(_computed_in(dtype, choices))
 
 
-def _computed_in(dtype: str, choices: Iterable[Choice]) -> Iterator[Choice]:
+def served(choices: Sequence[Choice]) -> frozenset[str]:
+    """Names of what may answer: the frontier, and the subnets that its ensembles are of, as the others may fail."""
+    frontier = [choice for choice in choices if choice.frontier]
+    members = (subnet_of(member) for each in frontier if each.ensemble for member in each.ensemble.members)
+    return frozenset([*(choice.name for choice in frontier), *members])
+
+
+def _computed_in(dtype: str, choices: Sequence[Choice]) -> Iterator[Choice]:
+    needed = served(choices)
     for index, choice in enumerate(choices):
         found = choice.computed_in(dtype)
         if found is not None:
             yield found
-        elif choice.frontier:
+        elif choice.name in needed:
             how = f"scripts/profile_supernet.py --dtype {dtype} measures it"
             raise ProfileError(f"choices[{index}].in_dtypes: no accuracy of {choice.name} in {dtype}; {how}")
 
@@ -552,7 +560,10 @@ def _parse_choice(value: object, where: str) -> Choice:
     names = [spec.name for spec in fields(Choice) if spec.name not in ("ensemble", "in_dtypes")]
     own = ["ensemble"] if kind == "ensemble" else []
     row = _record(value, where, [*names, *own], optional=("in_dtypes",))
-    elsewhere = _array(row.get("in_dtypes", []), f"{where}.in_dtypes")
+    rows = enumerate(_array(row.get("in_dtypes", []), f"{where}.in_dtypes"))
+    in_dtypes = tuple(_parse_in_dtype(each, f"{where}.in_dtypes[{at}]") for at, each in rows)
+    if len({each.dtype for each in in_dtypes}) < len(in_dtypes):
+        raise ProfileError(f"{where}.in_dtypes: a dtype is there twice")
     tested, name = row["test_accuracy"], _text(row["name"], f"{where}.name")
     return Choice(
         name=name,
@@ -564,7 +575,7 @@ def _parse_choice(value: object, where: str) -> Choice:
         macs=_count(row["macs"], f"{where}.macs", 1),
         frontier=_flag(row["frontier"], f"{where}.frontier"),
         ensemble=_parse_ensemble(row["ensemble"], f"{where}.ensemble", name) if kind == "ensemble" else None,
-        in_dtypes=tuple(_parse_in_dtype(each, f"{where}.in_dtypes[{at}]") for at, each in enumerate(elsewhere)),
+        in_dtypes=in_dtypes,
     )
 
 

@@ -230,6 +230,8 @@ def load_servable(folder: Path, dtype: str = "float32") -> Servable:
     _load_weights(servable.supernet, folder / "weights.npz")
     _load_statistics(servable.supernet, folder / "norms.npz")
     if dtype != "float32":
+        if isinstance(servable.input, TokenSpec):
+            raise SupernetError(f"{path}: texts are computed in float32 only, not in {dtype}")
         servable.supernet.to(torch.device("cpu"), getattr(torch, dtype))
     return servable
 

@@ -258,9 +258,8 @@ class Supernet:
     @property
     def dtype(self) -> torch.dtype:
         """What the weights are kept in, and computed with."""
-        slices = self.operators.weight_slices
-        weights = (each.weight for each in slices) if slices else self.network.parameters()
-        return next(iter(weights)).dtype
+        weights = (each for module in _computing(self.network) for each in module.parameters(recurse=False))
+        return next((each.dtype for each in weights if each.is_floating_point()), torch.float32)
 
     @property
     def nbytes(self) -> int:
@@ -270,14 +269,13 @@ class Supernet:
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
         """Move weights and statistics to a device; forgets what was actuated before.
 
-        With ``dtype`` the weights are kept in it from now on; norms and statistics stay as precise as they are, as
-        they take little and computing with them is exact where inputs are less precise.
+        With ``dtype`` the weights are kept in it from now on. Batch norms and their statistics stay as precise as they
+        are: they take little, and folded into a convolution they are exact.
         """
         self.network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if dtype is not None:
-            for module in self.network.modules():
-                if not isinstance(module, SubnetNorm | nn.modules.batchnorm._BatchNorm):
-                    _cast(module, dtype)
+            for module in _computing(self.network):
+                _cast(module, dtype)
         self.statistics = {subnet: flat.to(device) for subnet, flat in self.statistics.items()}
         self.forget()
 
@@ -425,6 +423,12 @@ class Supernet:
             if id(operator) in running:
                 settings[operator.slot] = operator.settings(subnet)
         return tuple(settings)
+
+
+def _computing(network: nn.Module) -> Iterator[nn.Module]:
+    """All that it computes with, but for batch norms."""
+    norms = SubnetNorm | nn.modules.batchnorm._BatchNorm
+    return (module for module in network.modules() if not isinstance(module, norms))
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:

@@ -207,7 +207,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         capacity = options.capacity or search_capacity(options, Path(scratch))
         document: dict[str, Any] = {
             "commit": commit(), "cores": os.cpu_count(), "slo_ms": options.slo_ms, "trace": options.trace,
-            "duration_s": options.duration, "capacity_qps": round(capacity, 1), "rows": [],
+            "duration_s": options.duration, "capacity_qps": round(capacity, 1),
+            "flags": options.flags, "rows": [],
         }  # fmt: skip
         for row in run_all(options, capacity, out.resolve()):
             document["rows"].append(row)

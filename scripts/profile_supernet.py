@@ -168,16 +168,18 @@ def _test_accuracy(servable: Servable, name: str, data: datasets.Dataset) -> flo
 
 
 def write_accuracies(engine: Engine, data: datasets.Dataset, folder: Path) -> None:
-    """Measure all choices on the frontier as this engine computes them, and write that into choices.json."""
+    """Measure all choices that may answer as this engine computes them, and write that into choices.json."""
     choices, dtype = slackfit.load_choices(folder), engine.facts.dtype
+    needed = [each.name for each in choices if each.name in slackfit.served(choices)]
     confirming = datasets.Split(data.validation.images[1::2], data.validation.labels[1::2])
     measured = {}
-    with tqdm([each.name for each in choices if each.frontier], desc=dtype, unit="choice", disable=None) as names:
+    with tqdm(needed, desc=dtype, unit="choice", disable=None) as names:
         for name in names:
             accuracy, tested = (served_accuracy(engine, name, split) for split in (confirming, data.test))
             measured[name] = slackfit.InDtype(dtype=dtype, accuracy=accuracy, test_accuracy=tested)
-    with_these = (slackfit.measured_in(each, measured[each.name]) if each.frontier else each for each in choices)
-    slackfit.save_choices(folder, with_these)
+    slackfit.save_choices(
+        folder, [slackfit.measured_in(each, measured[each.name]) if each.name in measured else each for each in choices]
+    )
 
 
 def served_accuracy(engine: Engine, name: str, split: datasets.Split) -> float:

@@ -411,9 +411,13 @@ class _Run:
 
 
 def load_table(path: Path) -> ProfileTable:
-    """The table of one latency file, or of a profile folder that holds only one; raises ProfileError."""
+    """The table of one latency file, or of a profile folder: its only one, or that in float32; raises ProfileError."""
     file = _latency_file(path)
-    return slackfit.load_latencies(file, slackfit.load_choices(file.parent))
+    table = slackfit.load_latencies(file, slackfit.load_choices(file.parent))
+    dtype = table.device.dtype if table.device else ""
+    if dtype not in slackfit.DTYPES[1:]:  # of a table from elsewhere it may be anything
+        return table
+    return slackfit.load_latencies(file, slackfit.load_choices(file.parent, dtype))
 
 
 def load_medians(path: Path) -> Service:
@@ -430,6 +434,8 @@ def load_medians(path: Path) -> Service:
 
 def _latency_file(path: Path) -> Path:
     files = [path] if path.is_file() else sorted(path.glob("latency-*.json"))
+    if len(files) > 1:
+        files = [each for each in files if each.stem.endswith("-float32")] or files
     if len(files) != 1:
         names = ", ".join(file.name for file in files) or "none"
         raise ProfileError(f"{path}: expected one latency table, found {names}; give the path of one file")

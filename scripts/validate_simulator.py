@@ -24,7 +24,8 @@ from tqdm import tqdm
 HOUSE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HOUSE))
 
-from config import Config  # noqa: E402 the path is set above
+import slackfit  # noqa: E402 the path is set above
+from config import Config  # noqa: E402
 from scripts import bench_serving, simulate  # noqa: E402
 from wholefile import write_text  # noqa: E402
 
@@ -84,9 +85,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run all pairs and print them."""
     options = parse_arguments(arguments)
-    tables = sorted(options.profile.glob("latency-*.json"))
-    if len(tables) != 1:
-        sys.exit(f"validate_simulator.py: {len(tables)} latency tables in {options.profile}; exactly one is needed")
+    try:
+        simulate.load_table(options.profile)
+    except slackfit.ProfileError as error:
+        sys.exit(f"validate_simulator.py: {error}")
     plan = [(load, policy) for load in options.loads for policy in options.policies]
     with tempfile.TemporaryDirectory() as scratch:
         rows = [

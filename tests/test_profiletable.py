@@ -33,6 +33,7 @@ from profiletable import (
     measured_in,
     save_choices,
     save_latencies,
+    served,
     table_document,
 )
 
@@ -314,6 +315,22 @@ def test_all_of_the_frontier_must_have_been_measured_in_it(tmp_path: Path) -> No
     read_choices(tmp_path, in_bfloat16(0))
     message = r"choices\[1\]\.in_dtypes: no accuracy of b in bfloat16; scripts/profile_supernet\.py --dtype bfloat16"
     with pytest.raises(ProfileError, match=message):
+        load_choices(tmp_path, "bfloat16")
+
+
+def test_a_dtype_is_there_once(tmp_path: Path) -> None:
+    text = edited(json.loads(in_bfloat16(0)), ["choices", 0, "in_dtypes"], [IN_BFLOAT16, IN_BFLOAT16])
+    with pytest.raises(ProfileError, match=re.escape("choices[0].in_dtypes: a dtype is there twice")):
+        read_choices(tmp_path, text)
+
+
+def test_members_of_ensembles_on_the_frontier_may_answer_and_must_have_been_measured_too(tmp_path: Path) -> None:
+    choices = json.loads(in_bfloat16(0, 1))["choices"]
+    ensemble = {"members": ["b", "c:mirrored"], "combination": "mean", "weights": [0.5, 0.5]}
+    both = {**ENSEMBLE, "name": "b+c:mirrored", "ensemble": ensemble, "in_dtypes": [IN_BFLOAT16]}
+    loaded = read_choices(tmp_path, json.dumps({**CHOICES, "choices": [*choices, both]}))
+    assert served(loaded) == {"a", "b", "c", "b+c:mirrored"}
+    with pytest.raises(ProfileError, match="no accuracy of c in bfloat16"):
         load_choices(tmp_path, "bfloat16")
 
 

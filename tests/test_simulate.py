@@ -19,7 +19,7 @@ from scripts import simulate as simulator
 from scripts import workloads
 from scripts.oracle import optimum
 from scripts.simulate import Noise, Outage, Results, SimulationError, Slowdown, simulate, summarise
-from slackfit import POLICIES, Decision, Policy, QueueView, make_policy
+from slackfit import POLICIES, Decision, Policy, QueueView, load_choices, make_policy
 
 ROOT = Path(__file__).parents[1]
 PAPER = ROOT / "profiles" / "paper-ofa-resnet50"
@@ -259,6 +259,20 @@ def test_the_paper_table_is_synthetic_and_equals_the_one_of_the_study(table: Pro
     for ours, theirs in zip(paper.entries, table.entries, strict=True):
         assert ours.latency_s == pytest.approx(theirs.latency_s, rel=0.02)
         assert simulator.load_medians(PAPER)[ours.name] == pytest.approx(ours.latency_s)
+
+
+def test_of_the_tables_of_a_profile_that_in_float32_counts_and_each_has_the_accuracies_of_its_dtype() -> None:
+    profile = ROOT / "profiles" / "cifar10"
+    assert simulator.load_table(profile).device == simulator.load_table(_table_in("float32")).device
+    for dtype in ("float32", "bfloat16"):
+        choices = {each.name: each for each in load_choices(profile, dtype)}
+        for entry in simulator.load_table(_table_in(dtype)).entries:
+            assert entry.choice == choices[entry.name]
+
+
+def _table_in(dtype: str) -> Path:
+    (path,) = (ROOT / "profiles" / "cifar10").glob(f"latency-cpu-*-{dtype}.json")
+    return path
 
 
 def test_the_server_refuses_a_synthetic_profile_in_one_clear_line() -> None:

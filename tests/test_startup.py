@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import serving
+import torch
 from conftest import choice, in_ms
-from serving import LARGE, SMALL, Clock, config_of, latencies, turns_until
+from serving import LARGE, LARGE_ACCURACY, SMALL, SMALL_ACCURACY, Clock, config_of, latencies, turns_until
 
 import slackfit
 import startup
@@ -188,6 +189,36 @@ def test_the_command_checks_and_exits(profile: Path, capsys: pytest.CaptureFixtu
             superserve.main(["--check", "--profile", str(profile), "--device", "cpu", "--threads", "1", *arguments])
         assert exit.value.code == code
         assert capsys.readouterr().out.startswith(line)
+
+
+# ------------------------------------------------------------------------------------------------------------- dtypes
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)(), reason="this processor has no bfloat16"
+)
+def test_a_server_in_another_dtype_tells_its_accuracies_and_measures_a_table_of_its_own(own: Path) -> None:
+    lower = [
+        slackfit.measured_in(each, slackfit.InDtype(dtype="bfloat16", accuracy=each.accuracy / 2, test_accuracy=None))
+        for each in serving.choices()
+    ]
+    slackfit.save_choices(own, lower)
+
+    async def told() -> set[float]:
+        async with SuperServe(config_of(own, dtype="bfloat16")) as serve:
+            reply = await serve.infer(serving.image_file())
+            assert serve.dispatcher is not None
+            return {reply.accuracy, *(entry.accuracy for entry in serve.dispatcher.table.entries)}
+
+    assert asyncio.run(told()) <= {SMALL_ACCURACY / 2, LARGE_ACCURACY / 2}
+    assert len(list(own.glob("latency-*-bfloat16.json"))) == 1
+    assert [finding.level for finding in check(config_of(own))] == ["ok"], "in float32 all is as it was"
+
+
+def test_a_dtype_in_which_nothing_was_measured_is_named(own: Path) -> None:
+    (finding, *_) = [each for each in check(config_of(own, dtype="bfloat16")) if each.level == "error"]
+    assert re.search(r"no accuracy of \S+ in bfloat16; scripts/profile_supernet\.py --dtype bfloat16", finding.text)
 
 
 # ------------------------------------------------------------------------------------------------------------ ensembles

@@ -35,6 +35,8 @@ from test_live import browsing
 from test_openapi import schemathesis_of
 
 import startup
+from servable import load_servable
+from supernet import SupernetError
 from superserve import SERVE, SuperServe, make_app
 from web.errors import BadRequest, ServeError, TooLarge, UnsupportedMedia
 from web.texts import INLINE_TEXT_BYTES, MOST_TEXT_BYTES, TextForm
@@ -68,6 +70,11 @@ def read(document: object, form: TextForm = FORM) -> list[list[int]]:
 
 
 # ----------------------------------------------------------------------------------------------------------- one input
+
+
+def test_texts_are_served_in_float32_only(tmp_path: Path) -> None:
+    with pytest.raises(SupernetError, match=r"supernet\.json: texts are computed in float32 only, not in bfloat16"):
+        load_servable(write_text_servable(tmp_path), "bfloat16")
 
 
 def test_ids_are_read_in_all_spellings() -> None:
