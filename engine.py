@@ -75,10 +75,10 @@ CLOSE_S = 5.0
 
 # How many prepared operations oneDNN keeps (1024 unless told). Preparing one takes longer than a small convolution, and
 # a frontier of subnets at every batch size up to CHUNK needs a few thousand, of some 10 kB each. What torch keeps
-# beside them, to find them some 5 us faster, is for those that ran last: some 20 pairs of subnet and batch size.
+# beside them, to find them some 5 us faster, is for those that ran last: some 10 pairs of subnet and batch size.
 # Both are read at the first convolution, so that they must be set before any network runs.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "2048")
-os.environ.setdefault("LRU_CACHE_CAPACITY", "256")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "128")
 
 # A CPU computes larger batches in parts of at most so many: outputs that stay in cache, far fewer shapes to prepare
 # for, and a quarter of the memory, for 1 to 5 % of the time (docs/LOG.md).

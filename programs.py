@@ -43,7 +43,7 @@ def accumulated(outputs: Tensor, x: Tensor, matrix: Tensor) -> Tensor:
         rows = x.as_strided([pixels, inputs], [inputs, 1])
         outputs.as_strided([pixels, channels], [channels, 1]).addmm_(rows, matrix)
         return outputs
-    return added(outputs, torch.matmul(x.permute([0, 2, 3, 1]), matrix).permute([0, 3, 1, 2]))
+    return outputs + torch.matmul(x.permute([0, 2, 3, 1]), matrix).permute([0, 3, 1, 2])
 """,
     "averaged": """
 def averaged(x: Tensor, keep: bool) -> Tensor:

@@ -187,7 +187,7 @@ class Call(Step):
 
 
 class Average(Step):
-    """The mean of each channel's pixels: of few, a kernel that pools is faster than one that reduces."""
+    """The mean of each channel's pixels: of few and one image, a kernel that pools is faster than one that reduces."""
 
     def __init__(self, keep: bool) -> None:
         """``keep``: as one pixel."""
@@ -195,7 +195,7 @@ class Average(Step):
         self._keep = keep
 
     def written(self, arguments: Sequence[str], hold: Hold, many: bool) -> str:  # noqa: D102
-        return f"averaged({arguments[0]}, {self._keep})"
+        return f"averaged({arguments[0]}, {self._keep})" if not many else f"{arguments[0]}.mean([2, 3], {self._keep})"
 
 
 class Convolve(Step):
@@ -374,7 +374,9 @@ class ConvolveAndMultiply(ConvolveAndAdd):
     def written(self, arguments: Sequence[str], hold: Hold, many: bool) -> str:  # noqa: D102
         x, y = arguments
         product, inputs = self._multiply.written([y], hold, many), self._product.weight.shape[1]
-        apart = f"accumulated({self._apart(x, hold)}, {y}, {self._multiply.matrix(hold, across=True)})"
+        apart = f"added({self._apart(x, hold)}, {product})"
+        if not many:
+            apart = f"accumulated({self._apart(x, hold)}, {y}, {self._multiply.matrix(hold, across=True)})"
         return self._summed(x, product, y, inputs, self._activated(apart), hold, many)
 
 
