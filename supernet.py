@@ -270,7 +270,7 @@ class Supernet:
         """Move weights and statistics to a device; forgets what was actuated before.
 
         With ``dtype`` the weights are kept in it from now on. Batch norms and their statistics stay as precise as they
-        are: they take little, and folded into a convolution they are exact.
+        are, which takes little.
         """
         self.network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if dtype is not None:

@@ -170,7 +170,8 @@ def _test_accuracy(servable: Servable, name: str, data: datasets.Dataset) -> flo
 def write_accuracies(engine: Engine, data: datasets.Dataset, folder: Path) -> None:
     """Measure all choices that may answer as this engine computes them, and write that into choices.json."""
     choices, dtype = slackfit.load_choices(folder), engine.facts.dtype
-    needed = [each.name for each in choices if each.name in slackfit.served(choices)]
+    served = slackfit.served(choices)
+    needed = [each.name for each in choices if each.name in served]
     confirming = datasets.Split(data.validation.images[1::2], data.validation.labels[1::2])
     measured = {}
     with tqdm(needed, desc=dtype, unit="choice", disable=None) as names:
